@@ -1,0 +1,105 @@
+// What the checks and launchers need of a torch tensor, over the stable ABI: metadata, allocation, layouts.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/check.h"
+#include "core/dtype.h"
+
+namespace marquardt {
+
+using torch::stable::Tensor;
+
+// A tensor's metadata, read once: every accessor of the stable ABI is a call.
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int32_t device_type = 0, device_index = 0;
+  int64_t dims = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
+    return n;
+  }
+  bool same_shape(const View& other) const;
+  std::string shape() const;
+};
+
+// Fails with a TypeError unless the tensor is dense and of a floating dtype that the library computes with.
+View floating_view(const char* op, const char* argument, const Tensor& t, int index = -1);
+
+// "argument" or "argument[index]".
+std::string label(const char* argument, int index);
+
+// B and D: samples, and elements per sample. Fails unless batch_dims is 0 or 1 and fits.
+struct Samples {
+  int64_t batch, size;
+};
+Samples samples_of(const char* op, const char* argument, const View& view, int64_t batch_dims);
+
+// --- allocation ------------------------------------------------------------------------------------------------
+
+// Test flag: fill new outputs with NaN, so that an element no kernel wrote is seen.
+void set_poison(bool poison);
+
+Tensor empty_strided(const View& like, const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype);
+
+// New [rows, columns] float64 beside `like`.
+Tensor empty_scalars(const View& like, int64_t rows, int64_t columns);
+
+// --- layouts ---------------------------------------------------------------------------------------------------
+
+// How a call walks its samples: the order of the dimensions behind the batch. Every tensor of the call is walked
+// the same way; one that lies differently is copied.
+struct Walk {
+  int64_t batch_dims = 1;
+  std::vector<int64_t> strides;  // within a sample, dense; of all dimensions for outputs
+  bool first_is_dense = false;   // outputs take the strides of the first tensor
+  bool row_major = false;
+
+  // A walk in the order of `first` if its samples are dense, else in row-major order.
+  static Walk of(const View& first, int64_t batch_dims, bool force_row_major);
+  // Whether the samples of `view` lie as the walk goes; the batch stride is free.
+  bool fits(const View& view) const;
+};
+
+// Batch stride (elements) of a view that fits.
+int64_t batch_stride(const View& view, const Walk& walk, int64_t size);
+
+// `t` if it fits the walk, else a copy that does.
+Tensor fitting(const Tensor& t, View& view, const Walk& walk);
+
+// A tensor a kernel writes: it fits the walk. `finish` copies it to where the caller wants it, if that is elsewhere.
+class Result {
+ public:
+  // A new tensor with the shape of `first` and the strides promised for outputs.
+  Result(const View& first, const Walk& walk, DType dtype);
+  // The caller's `out`.
+  Result(const Tensor& out, const View& out_view, const Walk& walk);
+
+  const View& written() const { return written_view_; }
+  Tensor finish();
+
+ private:
+  void stage_if_needed(const Walk& walk);
+
+  Tensor target_, written_;
+  View target_view_, written_view_;
+  bool staged_ = false;
+};
+
+View view_of(const Tensor& t, DType dtype);
+
+// Fails unless `out` is `input` itself (same memory, same strides) or apart from it.
+void check_overlap(const char* op, const View& out, const View& input);
+// Fails if two elements of `out` share memory.
+void check_writable(const char* op, const View& out);
+
+}  // namespace marquardt

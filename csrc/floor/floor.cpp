@@ -1,0 +1,89 @@
+// torch.ops.marquardt._stream_floor and _read_floor: bandwidth of this machine over the tensors of a benchmark.
+#include "floor/floor_kernels.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/tensor.h"
+#include "frame/frame.h"
+
+namespace marquardt {
+namespace {
+
+const FloorKernels& kernels() {
+#if defined(__x86_64__)
+  if (std::strcmp(frame_cpu_isa(), "avx512") == 0) return avx512::floor_kernels;
+  if (std::strcmp(frame_cpu_isa(), "avx2") == 0) return avx2::floor_kernels;
+#endif
+  return baseline::floor_kernels;
+}
+
+// A dense float32 tensor as numbers in the order of memory.
+float* numbers(const char* op, const char* argument, const Tensor& t) {
+  const View view = floating_view(op, argument, t);
+  if (view.dtype != DType::f32 || !t.is_contiguous()) {
+    type_error(op, argument, "be a contiguous float32 tensor", name_of(view.dtype));
+  }
+  return static_cast<float*>(view.data);
+}
+
+void stream_floor(const std::vector<Tensor>& inputs, const Tensor& out, bool streaming) {
+  const char* op = "_stream_floor";
+  if (inputs.empty() || inputs.size() > 8) value_error(op, "inputs", "hold 1 to 8 tensors", inputs.size());
+  const int64_t n = out.numel();
+  std::vector<const float*> in;
+  for (const Tensor& t : inputs) {
+    if (t.numel() != n) value_error(op, "inputs", join("have ", n, " elements"), t.numel());
+    in.push_back(numbers(op, "inputs", t));
+  }
+  float* to = numbers(op, "out", out);
+  constexpr int64_t kPiece = 4096;
+  parallel_for((n + kPiece - 1) / kPiece, n * 4 > 96 << 10, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPiece, last = end * kPiece < n ? end * kPiece : n;
+    std::vector<const float*> shifted(in);
+    for (const float*& p : shifted) p += first;
+    kernels().triad(shifted.data(), static_cast<int>(in.size()), to + first, last - first, streaming);
+  });
+}
+
+// Reads every input, in `pieces` equal parts one after the other, each part `repeats` times: with a part the size
+// of a cache level this is that level's read bandwidth. Threads take neighbouring shares of each part.
+Tensor read_floor(const std::vector<Tensor>& inputs, int64_t repeats, int64_t pieces) {
+  const char* op = "_read_floor";
+  if (inputs.empty()) value_error(op, "inputs", "hold a tensor", 0);
+  if (repeats < 1 || pieces < 1) value_error(op, "repeats", "be positive, as pieces", repeats);
+  const int64_t threads = thread_count();
+  const View like = floating_view(op, "inputs", inputs[0]);
+  const int64_t sizes[1] = {threads}, strides[1] = {1};
+  Tensor sums = empty_strided(like, sizes, strides, 1, DType::f32);
+  float* to = static_cast<float*>(sums.mutable_data_ptr());
+  std::memset(to, 0, static_cast<size_t>(threads) * sizeof(float));
+  std::vector<const float*> in;
+  for (const Tensor& t : inputs) in.push_back(numbers(op, "inputs", t));
+  parallel_for(threads, true, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t piece = 0; piece < pieces; ++piece)
+        for (int64_t r = 0; r < repeats; ++r)
+          for (size_t j = 0; j < in.size(); ++j) {
+            const int64_t part = inputs[j].numel() / pieces, share = part / threads;
+            to[thread] += kernels().read(in[j] + piece * part + thread * share, share);
+          }
+  });
+  return sums;
+}
+
+}  // namespace
+}  // namespace marquardt
+
+STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
+  m.def("_stream_floor(Tensor[] inputs, Tensor(a!) out, bool streaming) -> ()");
+  m.def("_read_floor(Tensor[] inputs, int repeats, int pieces) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
+  m.impl("_stream_floor", TORCH_BOX(&marquardt::stream_floor));
+  m.impl("_read_floor", TORCH_BOX(&marquardt::read_floor));
+}

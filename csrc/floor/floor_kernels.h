@@ -1,0 +1,26 @@
+// The floors that the benchmarks compare with: how fast this machine moves the same bytes when nothing else is
+// asked. Not used by any op.
+#pragma once
+
+#include <cstdint>
+
+namespace marquardt {
+
+struct FloorKernels {
+  // out[:n] = Σ inputs[j][:n]; `streaming` writes past the caches.
+  void (*triad)(const float* const* inputs, int count, float* out, int64_t n, bool streaming);
+  // The sum of n floats: a read sweep with nothing but additions.
+  float (*read)(const float* input, int64_t n);
+};
+
+namespace avx512 {
+extern const FloorKernels floor_kernels;
+}
+namespace avx2 {
+extern const FloorKernels floor_kernels;
+}
+namespace baseline {
+extern const FloorKernels floor_kernels;
+}
+
+}  // namespace marquardt

@@ -1,0 +1,111 @@
+// Narrow types in and out of the compute type, a chunk at a time. See cpu_kernels.h; included once per
+// instruction set.
+#pragma once
+
+#include "core/simd.h"
+#include "frame/cpu_kernels.h"
+
+namespace marquardt::MQ_ISA {
+
+MQ_INLINE float float_of_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+MQ_INLINE uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+MQ_INLINE uint16_t bf16_of(float x) {
+  const uint32_t bits = bits_of_float(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
+  const uint32_t quiet = (bits >> 16) | 0x40u;                           // a NaN must not round to infinity
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
+MQ_INLINE float float_of_f16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // The exponent is moved by a multiplication, which also normalises subnormals.
+  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * float_of_bits(0x77800000u)));
+}
+
+MQ_INLINE uint16_t f16_of(float x) {
+  const uint32_t bits = bits_of_float(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds beyond 65504
+    h = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: let the addition of 0.5 round
+    h = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return static_cast<uint16_t>(sign | h);
+}
+
+inline void load_f16(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+#endif
+  for (; i < n; ++i) to[i] = float_of_f16(from[i]);
+}
+
+inline void store_f16(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
+  }
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  }
+#endif
+  for (; i < n; ++i) to[i] = f16_of(from[i]);
+}
+
+inline void load_chunk(DType dtype, const void* from, float* to, int64_t n) {
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  switch (dtype) {
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) to[i] = float_of_bits(static_cast<uint32_t>(half[i]) << 16);
+      return;
+    case DType::f16: return load_f16(half, to, n);
+    case DType::f32: __builtin_memcpy(to, from, static_cast<size_t>(n) * 4); return;
+    case DType::f64: return;  // never computed in float
+  }
+}
+
+inline void load_chunk(DType, const void* from, double* to, int64_t n) {
+  __builtin_memcpy(to, from, static_cast<size_t>(n) * 8);
+}
+
+inline void store_chunk(DType dtype, const float* from, void* to, int64_t n) {
+  uint16_t* half = static_cast<uint16_t*>(to);
+  switch (dtype) {
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) half[i] = bf16_of(from[i]);
+      return;
+    case DType::f16: return store_f16(from, half, n);
+    case DType::f32: __builtin_memcpy(to, from, static_cast<size_t>(n) * 4); return;
+    case DType::f64: return;
+  }
+}
+
+inline void store_chunk(DType, const double* from, void* to, int64_t n) {
+  __builtin_memcpy(to, from, static_cast<size_t>(n) * 8);
+}
+
+}  // namespace marquardt::MQ_ISA

@@ -1,0 +1,47 @@
+// The heavy stages on the CPU, as a table of functions for one instruction set. They know rows and numbers, no op.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "frame/frame.h"
+
+namespace marquardt {
+
+// Gram sums are kept as this many partial sums per entry until the sample is done.
+constexpr int kLanes = 8;
+
+template <class T>
+struct TypedFrameKernels {
+  // acc[e][lane] += products of the rows over n ≤ kChunk elements, for the entries of `kind`. `pairs` as in
+  // FrameCall. `exact` takes products and sums in double.
+  void (*gram)(const T* const* rows, int count, int pairs, GramKind kind, bool exact, int64_t n, double (*acc)[kLanes]);
+  // outs[i][:n] = Σ_j c[i·count + j]·rows[j][:n]. `streaming` writes past the caches.
+  void (*apply)(const T* const* rows, int count, int pairs, const T* c, int outputs, T* const* outs, int64_t n,
+                bool streaming);
+  void (*clamp)(T* row, T low, T high, int64_t n);
+  void (*load)(DType dtype, const void* from, T* to, int64_t n);
+  void (*store)(DType dtype, const T* from, void* to, int64_t n);
+  void (*noise)(uint64_t key, uint64_t counter_high, uint64_t first, T* to, int64_t n);
+};
+
+struct FrameKernels {
+  const char* isa;
+  TypedFrameKernels<float> f32;
+  TypedFrameKernels<double> f64;
+};
+
+namespace avx512 {
+extern const FrameKernels frame_kernels;
+}
+namespace avx2 {
+extern const FrameKernels frame_kernels;
+}
+namespace baseline {
+extern const FrameKernels frame_kernels;
+}
+
+// The best table this processor can run.
+const FrameKernels& frame_kernels();
+
+}  // namespace marquardt

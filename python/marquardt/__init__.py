@@ -1,0 +1,25 @@
+"""Fast fused ops for second-order diffusion sampling and prompt-tuned models.
+
+Every op has one meaning (`marquardt.reference`), several backends (`marquardt.explain` says which one runs) and
+gradients of every kind. See the README for a first example.
+"""
+
+from __future__ import annotations
+
+from . import backends, reference
+from .backends import Explanation, explain, use_backend
+from .hessian import lm_direction
+from .langevin import affine_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "__version__",
+    "affine_step",
+    "backends",
+    "explain",
+    "lm_direction",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,197 @@
+"""Which backend runs an op, and why the others do not.
+
+    cpu         the native C++ kernels                     CPU tensors
+    triton      triton_kernels/                            CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
+    reference   the definition in plain PyTorch            everything
+
+`auto` takes the first of this order that can run. Forcing one that cannot raises, with every backend's reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import _native
+
+Tensor = torch.Tensor
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+_ENVIRONMENT = "MARQUARDT_BACKEND"
+
+
+def _checked(name: str) -> str:
+    if name not in ("auto", *NAMES):
+        raise ValueError(f"use_backend: name must be one of auto, {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+# A plain global: a context variable cannot be traced by torch.compile. None means auto.
+_forced: str | None = None
+if os.environ.get(_ENVIRONMENT, "auto") != "auto":
+    _forced = _checked(os.environ[_ENVIRONMENT])
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or MARQUARDT_BACKEND asks for, None for auto."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend: "cuda", "triton", "cpu", "reference" or "auto".
+
+    The choice is one for the whole process, and under `torch.compile` it is made when the function is traced.
+
+    >>> import torch, marquardt as mq
+    >>> with mq.use_backend("reference"):
+    ...     out = mq.affine_step([torch.ones(1, 4)], [2.0])
+    >>> out
+    tensor([[2., 2., 2., 2.]])
+    """
+    global _forced
+    previous = _forced
+    _forced = None if _checked(name) == "auto" else name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _why_not_cuda(op: str, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the data is on {device.type}"
+    if _native.why_not() is not None:
+        return _native.why_not()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"marquardt::{op}", "CUDA"):
+        return f"this build has no CUDA kernel of {op}"
+    return None
+
+
+def _why_not_triton(op: str, device: torch.device) -> str | None:
+    try:
+        from . import triton_kernels
+    except ImportError as error:
+        return f"triton_kernels is not installed: {error}"
+    fits, reason = triton_kernels.available()
+    if not fits:
+        return str(reason)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" or (device.type == "cpu" and interpreted):
+        return None
+    return f"the data is on {device.type}"
+
+
+def _why_not_cpu(op: str, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the data is on {device.type}"
+    return _native.why_not()
+
+
+def _why_not_reference(op: str, device: torch.device) -> str | None:
+    return None
+
+
+_WHY_NOT = {
+    "cuda": _why_not_cuda,
+    "triton": _why_not_triton,
+    "cpu": _why_not_cpu,
+    "reference": _why_not_reference,
+}
+
+
+def reasons(op: str, device: torch.device) -> dict[str, str | None]:
+    """For each backend None if it can run `op` on `device`, else why not."""
+    return {name: _WHY_NOT[name](op, device) for name in NAMES}
+
+
+def available(device: str = "cpu") -> tuple[str, ...]:
+    """The backends that can run here on tensors of `device`."""
+    return tuple(name for name, reason in reasons("lm_direction", torch.device(device)).items() if reason is None)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The backend for `op` on `device`; raises if a forced one cannot run, warns once for the slow reference."""
+    if _forced is not None:
+        if _WHY_NOT[_forced](op, device) is None:
+            return _forced
+        raise NotImplementedError(_refusal(op, device))
+    for name in NAMES:
+        if _WHY_NOT[name](op, device) is None:
+            if name == "reference":
+                _warn(op, device)
+            return name
+    raise AssertionError("the reference runs everywhere")
+
+
+def _refusal(op: str, device: torch.device) -> str:
+    lines = [f"{op}: backend must be one that can run, got {_forced!r} on {device}"]
+    lines += [f"  {name}: {why or 'can run'}" for name, why in reasons(op, device).items()]
+    return "\n".join(lines)
+
+
+def _warn(op: str, device: torch.device) -> None:
+    if (op, device.type) in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add((op, device.type))
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons(op, device).items() if reason)
+    warnings.warn(f"marquardt.{op} runs as plain PyTorch on {device.type} ({why})", stacklevel=5)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the backend that a call would take, why others do not, and which inputs are copied."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str | None]
+    copies: tuple[str, ...] = field(default_factory=tuple)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend can run'}"]
+        lines += [f"  {name}: {reason or 'can run'}" for name, reason in self.reasons.items()]
+        lines += [f"  copied: {line}" for line in self.copies]
+        return "\n".join(lines)
+
+
+def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would run `op(*args, **kwargs)`, and why the others would not. Nothing is computed.
+
+    >>> import torch, marquardt as mq
+    >>> mq.explain(mq.affine_step, [torch.ones(2, 4)], [1.0]).backend in ("cpu", "reference")
+    True
+    """
+    from .layout import is_dense
+
+    name = op if isinstance(op, str) else op.__name__
+    tensors: list[tuple[str, Tensor]] = []
+    for label, value in [*((f"argument {i}", v) for i, v in enumerate(args)), *kwargs.items()]:
+        members = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
+        tensors += [
+            (label if j is None else f"{label}[{j}]", t) for j, t in members if isinstance(t, Tensor) and t.dim() > 0
+        ]
+    if not tensors:
+        raise ValueError("explain: args must hold a tensor, got none")
+    first = tensors[0][1]
+    why = reasons(name, first.device)
+    candidates = [forced()] if forced() else list(NAMES)
+    backend = next((n for n in candidates if n and why[n] is None), None)
+    copies = []
+    for label, t in tensors:
+        if t.shape != first.shape:
+            continue
+        inner = t[0] if t.dim() > 1 and t.shape[0] else t
+        if not is_dense(inner):
+            copies.append(f"{label} (strides {tuple(t.stride())} leave gaps or repeat within a sample)")
+        elif t.stride()[1:] != first.stride()[1:] and is_dense(first[0] if first.dim() > 1 else first):
+            copies.append(f"{label} (strides {tuple(t.stride())} differ from the first tensor's {tuple(first.stride())})")
+    return Explanation(name, backend, why, tuple(copies))

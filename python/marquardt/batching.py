@@ -1,0 +1,114 @@
+"""vmap for every op at once: the mapped dimension is folded into the batch.
+
+Every op works per sample, so mapping over V batches of B samples is one batch of V·B. Noise is the exception: its
+index runs through the whole call, so calls with a seed shared by the batch are made one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .declare import Op
+
+Tensor = torch.Tensor
+
+
+def vmap_eager(op: Op, size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """Result and out_dims of an op mapped over `dims` (one entry per argument, a list for a list)."""
+    return _vmap(op, op, size, dims, args)
+
+
+def vmap_traced(op: Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """The same for the traced operator."""
+    return _vmap(op, op.traced, info.batch_size, dims, args)
+
+
+def _vmap(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    names = [a.name for a in op.arguments]
+    seed = args[names.index("seed")] if "seed" in names else None
+    result = _one_by_one(call, size, dims, args) if seed is not None else _folded(op, call, size, dims, args)
+    flat = op.flatten_outputs(result)
+    return result, tuple(0 for _ in flat) if isinstance(flat, tuple) else 0
+
+
+def _folded(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], args: Sequence[Any]) -> Any:
+    at = len(args) - 1  # batch_dims comes last in every schema
+    batch_dims = args[at]
+    batch = _batch(args, dims) if batch_dims else 1
+
+    def fold(a: Any, dim: Any) -> Any:
+        """[V, B, ...] -> [V·B, ...]; what is not mapped is repeated."""
+        if isinstance(a, list):
+            inner = dim if isinstance(dim, (list, tuple)) else [dim] * len(a)
+            return [fold(t, d) for t, d in zip(a, inner, strict=True)]
+        if not isinstance(a, Tensor):
+            return a
+        moved = a.movedim(dim, 0) if dim is not None else a.expand(size, *a.shape)
+        return moved.flatten(0, 1) if batch_dims else moved
+
+    def fold_coef(a: Any, dim: Any) -> Any:
+        """[m] stays shared; [B, m], [V, m] and [V, B, m] become [V·B, m]."""
+        if not isinstance(a, Tensor) or (dim is None and a.dim() == 1):
+            return a
+        device = next(t for t in _tensors(args) if t.is_floating_point()).device
+        moved = (a.movedim(dim, 0) if dim is not None else a.expand(size, *a.shape)).to(device)
+        if moved.dim() == 2:
+            moved = moved.unsqueeze(1).expand(size, batch, moved.shape[-1])
+        return moved.flatten(0, 1)
+
+    folded = [
+        fold_coef(a, d) if argument.kind == "coef" else fold(a, d)
+        for argument, a, d in zip(op.arguments, args, dims, strict=True)
+    ]
+    folded[at] = 1
+    result = call(*folded)
+
+    def unfold(t: Any) -> Any:
+        """[V·B, ...] -> [V, B, ...]; per-sample scalars of an unbatched call are [V, 1, m]."""
+        if isinstance(t, (list, tuple)):
+            return type(t)(unfold(member) for member in t)
+        if t.numel() == 0 and t.dim() == 1:
+            return t.expand(size, 0)
+        scalars = t.dtype == torch.float64 and t.dim() == 2 and not batch_dims and t.shape[0] == size
+        if batch_dims or (scalars and op.name.endswith("_backward") and t is not result[0]):
+            return t.unflatten(0, (size, batch))
+        return t
+
+    return unfold(result)
+
+
+def _batch(args: Sequence[Any], dims: Sequence[Any]) -> int:
+    """B of the first tensor, seen through its mapped dimension."""
+    first, dim = args[0], dims[0]
+    if isinstance(first, list):
+        first = first[0]
+        dim = dim[0] if isinstance(dim, (list, tuple)) else dim
+    shape = list(first.shape)
+    if dim is not None:
+        shape.pop(dim)
+    return shape[0]
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+
+
+def _one_by_one(call: Callable[..., Any], size: int, dims: Sequence[Any], args: Sequence[Any]) -> Any:
+    def pick(a: Any, dim: Any, i: int) -> Any:
+        if isinstance(a, list):
+            inner = dim if isinstance(dim, (list, tuple)) else [dim] * len(a)
+            return [pick(t, d, i) for t, d in zip(a, inner, strict=True)]
+        return a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a
+
+    results = [call(*[pick(a, d, i) for a, d in zip(args, dims, strict=True)]) for i in range(size)]
+    return _stack(results)
+
+
+def _stack(results: Sequence[Any]) -> Any:
+    if isinstance(results[0], (list, tuple)):
+        return type(results[0])(_stack([r[j] for r in results]) for j in range(len(results[0])))
+    return torch.stack(list(results))

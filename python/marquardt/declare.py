@@ -1,0 +1,347 @@
+"""The one way to declare an op.
+
+An op is a value: its schema, its definition (`reference`), its checks, and its derivatives written with other
+ops. From that it gets every path by which a call can reach a kernel:
+
+    tracing (compile, export)       one node `marquardt::<op>` with fake, autograd and vmap registrations
+    torch.func and forward mode     an autograd.Function with setup_context, jvp and vmap
+    eager training                  an old-style autograd.Function, three times cheaper than the former
+    inference                       the bare kernel, `marquardt::_<op>`
+
+Arguments of an op are tensors, lists of tensors, a `coef` (see `scalars`) and plain values, in the order of its
+schema. Derivatives call other ops through the `call` they are given, so that one formula serves all paths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _native, backends, batching, errors
+from .scalars import as_tensor
+
+Tensor = torch.Tensor
+NAMESPACE = "marquardt"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_forward_ad = torch.autograd.forward_ad
+
+registry: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a schema: its name and what it carries."""
+
+    name: str
+    kind: str  # "tensor", "list", "coef" or "value"
+
+
+def parse_schema(schema: str) -> tuple[str, tuple[Argument, ...]]:
+    """Name and arguments of `name(Tensor a, Tensor[] b, Tensor coef, int c) -> ...`."""
+    head, _, rest = schema.partition("(")
+    arguments = []
+    for part in rest[: rest.index(")")].split(","):
+        type_, name = part.split()
+        kind = {"Tensor": "tensor", "Tensor?": "tensor", "Tensor[]": "list"}.get(type_, "value")
+        arguments.append(Argument(name, "coef" if name.startswith("coef") else kind))
+    return head, tuple(arguments)
+
+
+class Op:
+    """An operator of the library; see the module. Call it with the arguments of its schema."""
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        check: Callable[..., None],
+        backward: Callable[..., Any] | None = None,
+        jvp: Callable[..., Any] | None = None,
+        out: bool = False,
+    ) -> None:
+        """
+        schema      `name(...) -> ...` of the traced op
+        reference   the definition: plain differentiable PyTorch with the same arguments
+        fake        outputs without values, for tracing
+        check       raises for bad arguments, in the words of the C++ checks
+        backward    backward(call, grads, needs, *args) -> one gradient (or None, or list) per argument;
+                    None: derived from the reference
+        jvp         jvp(call, tangents, *args) -> tangents of the outputs; None: derived from the reference
+        out         whether C++ has `<name>_out` too
+        """
+        self.name, self.arguments = parse_schema(schema)
+        self.reference, self.fake, self.check = reference, fake, check
+        self.backward = backward or functools.partial(_backward_of_reference, self)
+        self.jvp = jvp or functools.partial(_jvp_of_reference, self)
+        self.coefs = tuple(i for i, a in enumerate(self.arguments) if a.kind == "coef")
+        self.has_out = out
+        registry[self.name] = self
+        if _native.why_not() is None:
+            operators = torch.ops.marquardt
+            self.native = getattr(operators, "_" + self.name).default
+            if out:
+                self.native_out = getattr(operators, f"_{self.name}_out").default
+        else:
+            self._define_without_native(schema)
+        self.traced = getattr(torch.ops.marquardt, self.name).default
+        if out:
+            self.traced_out = getattr(torch.ops.marquardt, f"{self.name}_out").default
+        from . import autograd
+
+        self.functorch_function, self.eager_function = autograd.functions_of(self)
+        self._register()
+
+    # --- calls -------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        if _is_compiling():
+            return self._trace(args)
+        if _functorch_active() or _forward_ad._current_level >= 0:
+            return self._apply(self.functorch_function, args)
+        if _is_grad_enabled() and self.asks_gradient(args):
+            return self._apply(self.eager_function, args)
+        return self.plain(*args)
+
+    def asks_gradient(self, args: tuple[Any, ...]) -> bool:
+        """Whether any tensor among the arguments requires grad."""
+        for a in args:
+            if isinstance(a, Tensor):
+                if a.requires_grad:
+                    return True
+            elif type(a) is list and any(isinstance(t, Tensor) and t.requires_grad for t in a):
+                return True
+        return False
+
+    def plain(self, *args: Any) -> Any:
+        """The kernel itself, without autograd."""
+        first = args[0][0] if type(args[0]) is list and args[0] else args[0]
+        try:
+            if backends._forced is None and first.is_cpu and _native._ERROR is None:
+                return self.native(*self.raw_args(args))
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise errors.translate(error, self.check, args) from None
+        return self._on_other_backend(args)
+
+    def raw_args(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Each `coef` becomes (tensor or None, floats), the form of the raw operators."""
+        if len(self.coefs) == 1:
+            (i,) = self.coefs
+            coef = args[i]
+            if type(coef) is tuple:
+                return (*args[:i], None, coef, *args[i + 1 :])
+            return (*args[:i], coef, (), *args[i + 1 :])
+        flat: list[Any] = []
+        for i, a in enumerate(args):
+            if i in self.coefs:
+                flat += [None, a] if type(a) is tuple else [a, ()]
+            else:
+                flat.append(a)
+        return tuple(flat)
+
+    def to_out(self, out: Tensor, *args: Any) -> Tensor:
+        """The variant that writes into `out` (which may be an input) and returns it."""
+        if _is_compiling():
+            self.traced_out(*self._tensors(args), out=out)
+            return out
+        if _is_grad_enabled() and (self.asks_gradient(args) or getattr(out, "requires_grad", False)):
+            raise RuntimeError(
+                f"{self.name}: out= does not support automatic differentiation, but one of the arguments "
+                "requires grad; call it under torch.no_grad() or without out="
+            )
+        first = args[0][0] if type(args[0]) is list and args[0] else args[0]
+        try:
+            if backends._forced is None and first.is_cpu and _native._ERROR is None:
+                self.native_out(*self.raw_args(args), out)
+                return out
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise errors.translate(error, functools.partial(self._check_out, out), args) from None
+        self._check_out(out, *args)
+        return out.copy_(self.plain(*args))
+
+    def _check_out(self, out: Tensor, *args: Any) -> None:
+        from . import checks
+
+        self.check(*args)
+        label, first = self.arguments[0].name, args[0]
+        inputs = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        if isinstance(first, (list, tuple)):
+            label, first = f"{label}[0]", first[0]
+        checks.out(self.name, out, label, first, inputs)
+
+    def _on_other_backend(self, args: tuple[Any, ...]) -> Any:
+        self.check(*args)
+        first = args[0][0] if type(args[0]) is list else args[0]
+        backend = backends.choose(self.name, first.device)
+        if backend in ("cpu", "cuda"):
+            return self.native(*self.raw_args(args))
+        args = self._tensors(args)
+        if backend == "triton":
+            from .triton_kernels import frame
+
+            return getattr(frame, self.name)(*args)
+        with torch.no_grad():
+            return self.reference(*args)
+
+    def _tensors(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(as_tensor(a) if i in self.coefs else a for i, a in enumerate(args))
+
+    def _apply(self, function: Any, args: tuple[Any, ...]) -> Any:
+        flat, lengths = self.flatten(args)
+        result = function.apply(lengths, *flat)
+        return self.group_outputs(result, lengths)
+
+    def _trace(self, args: tuple[Any, ...]) -> Any:
+        args = self._tensors(args)
+        self.check(*args)
+        forced = backends._forced
+        if forced == "reference":
+            return self.reference(*args)
+        if forced == "triton":
+            from . import triton_kernels
+
+            return triton_kernels.traced(self.name)(*args)
+        return self.traced(*args)
+
+    # --- lists of tensors as flat arguments --------------------------------------------------------------------
+
+    def flatten(self, args: Sequence[Any]) -> tuple[list[Any], tuple[int, ...]]:
+        """Arguments with every list spread out, and the lengths of the lists."""
+        flat: list[Any] = []
+        lengths: list[int] = []
+        for argument, a in zip(self.arguments, args, strict=True):
+            if argument.kind == "list":
+                flat += a
+                lengths.append(len(a))
+            else:
+                flat.append(a)
+        return flat, tuple(lengths)
+
+    def unflatten(self, flat: Sequence[Any], lengths: Sequence[int]) -> tuple[Any, ...]:
+        """The inverse of `flatten`."""
+        args: list[Any] = []
+        at, remaining = 0, list(lengths)
+        for argument in self.arguments:
+            if argument.kind == "list":
+                count = remaining.pop(0)
+                args.append(list(flat[at : at + count]))
+                at += count
+            else:
+                args.append(flat[at])
+                at += 1
+        return tuple(args)
+
+    def flatten_outputs(self, result: Any) -> Any:
+        """Function.apply returns tensors only: a list among the outputs is spread in front."""
+        if isinstance(result, tuple) and isinstance(result[0], (list, tuple)):
+            return (*result[0], *result[1:])
+        return result
+
+    def group_outputs(self, result: Any, lengths: Sequence[int]) -> Any:
+        """The inverse of `flatten_outputs` for ops that return (Tensor[], Tensor)."""
+        if not self.returns_list:
+            return result
+        return list(result[:-1]), result[-1]
+
+    @property
+    def returns_list(self) -> bool:
+        return any(isinstance(r.type, torch.ListType) for r in self.traced._schema.returns)
+
+    # --- registrations -----------------------------------------------------------------------------------------
+
+    def _define_without_native(self, schema: str) -> None:
+        """Without the native library the traced operator is the reference, so that tracing still works."""
+        _library.define(schema)
+        _library.impl(self.name, self.reference, "CompositeExplicitAutograd")
+        if self.has_out:
+            inner = schema[schema.index("(") + 1 : schema.index(")")]
+            _library.define(f"{self.name}_out({inner}, *, Tensor(a!) out) -> ()")
+
+            def write(*args: Any, out: Tensor) -> None:
+                out.copy_(self.reference(*args))
+
+            _library.impl(f"{self.name}_out", write, "CompositeExplicitAutograd")
+
+    def _register(self) -> None:
+        from . import autograd
+
+        def fake(*args: Any) -> Any:
+            self.check(*args)
+            return self.fake(*args)
+
+        qualified = f"{NAMESPACE}::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_vmap(qualified, functools.partial(batching.vmap_traced, self), lib=_library)
+        autograd.register(self, qualified, _library)
+        if self.has_out:
+            torch.library.register_fake(f"{qualified}_out", self._fake_out, lib=_library)
+        if _native.why_not() is None:
+            torch.library.register_fake(
+                f"{NAMESPACE}::_{self.name}", lambda *raw: fake(*self._from_raw(raw)), lib=_library
+            )
+
+    def _fake_out(self, *args: Any, out: Tensor) -> None:
+        self._check_out(out, *args)
+
+    def _from_raw(self, raw: tuple[Any, ...]) -> tuple[Any, ...]:
+        args: list[Any] = []
+        rest = iter(raw)
+        for argument in self.arguments:
+            a = next(rest)
+            if argument.kind == "coef":
+                values = next(rest)
+                a = tuple(values) if a is None else a
+            args.append(a)
+        return tuple(args)
+
+
+def _tensor_positions(op: Op, flat: Sequence[Any]) -> list[int]:
+    return [i for i, a in enumerate(flat) if isinstance(a, Tensor) and a.is_floating_point()]
+
+
+def _on_tensors(op: Op, args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any], list[int]]:
+    """The reference as a function of its floating tensors alone; those tensors; their flat positions."""
+    flat, lengths = op.flatten([as_tensor(a) if i in op.coefs else a for i, a in enumerate(args)])
+    positions = _tensor_positions(op, flat)
+
+    def function(*tensors: Tensor) -> Any:
+        full = list(flat)
+        for i, t in zip(positions, tensors, strict=True):
+            full[i] = t
+        result = op.flatten_outputs(op.reference(*op.unflatten(full, lengths)))
+        return result if isinstance(result, tuple) else (result,)
+
+    return function, [flat[i] for i in positions], positions
+
+
+def _backward_of_reference(op: Op, call: Any, grads: Sequence[Any], needs: Any, *args: Any) -> tuple[Any, ...]:
+    """Gradients of the definition itself; differentiable again, to any order."""
+    function, tensors, positions = _on_tensors(op, args)
+    outputs, pullback = torch.func.vjp(function, *tensors)
+    flat_grads = op.flatten_outputs(tuple(grads) if len(grads) > 1 else (grads[0],))
+    filled = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, flat_grads, strict=True))
+    flat, lengths = op.flatten(args)
+    result: list[Any] = [None] * len(flat)
+    for i, g in zip(positions, pullback(filled), strict=True):
+        result[i] = g if isinstance(flat[i], Tensor) else None
+    return op.unflatten(result, lengths)
+
+
+def _jvp_of_reference(op: Op, call: Any, tangents: Sequence[Any], *args: Any) -> Any:
+    """Tangents of the definition itself."""
+    function, tensors, positions = _on_tensors(op, args)
+    flat, _ = op.flatten(tangents)
+    moved = tuple(
+        torch.zeros_like(t) if flat[i] is None else flat[i] for i, t in zip(positions, tensors, strict=True)
+    )
+    _, out = torch.func.jvp(function, tuple(tensors), moved)
+    return out if len(out) > 1 else out[0]
