@@ -46,29 +46,12 @@ void fill_nan(const Tensor& t, DType dtype) {
   }
 }
 
-std::vector<int64_t> row_major_strides(const View& view) {
-  std::vector<int64_t> strides(static_cast<size_t>(view.dims));
+void row_major_strides(const View& view, int64_t* strides) {
   int64_t step = 1;
   for (int64_t d = view.dims - 1; d >= 0; --d) {
-    strides[static_cast<size_t>(d)] = step;
+    strides[d] = step;
     step *= std::max<int64_t>(view.sizes[d], 1);
   }
-  return strides;
-}
-
-// Whether dimensions [from, dims) cover one block once, in any order.
-bool is_dense(const View& view, int64_t from) {
-  int64_t order[64];
-  int64_t count = 0;
-  for (int64_t d = from; d < view.dims; ++d)
-    if (view.sizes[d] != 1) order[count++] = d;
-  std::sort(order, order + count, [&](int64_t a, int64_t b) { return view.strides[a] < view.strides[b]; });
-  int64_t expected = 1;
-  for (int64_t i = 0; i < count; ++i) {
-    if (view.strides[order[i]] != expected) return false;
-    expected *= view.sizes[order[i]];
-  }
-  return true;
 }
 
 bool is_row_major(const View& view, int64_t from) {
@@ -77,6 +60,22 @@ bool is_row_major(const View& view, int64_t from) {
     if (view.sizes[d] == 1) continue;
     if (view.strides[d] != expected) return false;
     expected *= view.sizes[d];
+  }
+  return true;
+}
+
+// Whether dimensions [from, dims) cover one block once, in any order.
+bool is_dense(const View& view, int64_t from) {
+  if (is_row_major(view, from)) return true;
+  int64_t order[kMaxDims];
+  int64_t count = 0;
+  for (int64_t d = from; d < view.dims; ++d)
+    if (view.sizes[d] != 1) order[count++] = d;
+  std::sort(order, order + count, [&](int64_t a, int64_t b) { return view.strides[a] < view.strides[b]; });
+  int64_t expected = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (view.strides[order[i]] != expected) return false;
+    expected *= view.sizes[order[i]];
   }
   return true;
 }
@@ -130,7 +129,7 @@ std::string View::shape() const {
 }
 
 View floating_view(const char* op, const char* argument, const Tensor& t, int index) {
-  View view;
+  DType found = DType::f32;
   int32_t dtype = 0, layout = 0;
   aoti_torch_get_layout(t.get(), &layout);
   if (layout != aoti_torch_layout_strided()) {
@@ -138,17 +137,17 @@ View floating_view(const char* op, const char* argument, const Tensor& t, int in
   }
   aoti_torch_get_dtype(t.get(), &dtype);
   if (dtype == aoti_torch_dtype_float32()) {
-    view.dtype = DType::f32;
+    found = DType::f32;
   } else if (dtype == aoti_torch_dtype_bfloat16()) {
-    view.dtype = DType::bf16;
+    found = DType::bf16;
   } else if (dtype == aoti_torch_dtype_float16()) {
-    view.dtype = DType::f16;
+    found = DType::f16;
   } else if (dtype == aoti_torch_dtype_float64()) {
-    view.dtype = DType::f64;
+    found = DType::f64;
   } else {
     type_error(op, label(argument, index), "be float32, float64, bfloat16 or float16", name_of_shim_dtype(dtype));
   }
-  return view_of(t, view.dtype);
+  return view_of(t, found);
 }
 
 View view_of(const Tensor& t, DType dtype) {
@@ -163,12 +162,13 @@ View view_of(const Tensor& t, DType dtype) {
   aoti_torch_get_strides(t.get(), &strides);
   view.sizes = sizes;
   view.strides = strides;
+  if (view.dims > kMaxDims) throw std::runtime_error(join("ValueError: marquardt: tensors have at most ", kMaxDims, " dimensions"));
   return view;
 }
 
-Samples samples_of(const char* op, const char* argument, const View& view, int64_t batch_dims) {
+Samples samples_of(const char* op, const char* argument, int index, const View& view, int64_t batch_dims) {
   if (batch_dims != 0 && batch_dims != 1) value_error(op, "batch_dims", "be 0 or 1", batch_dims);
-  if (view.dims < batch_dims) value_error(op, argument, "have a batch dimension", view.shape());
+  if (view.dims < batch_dims) value_error(op, label(argument, index), "have a batch dimension", view.shape());
   Samples s{1, 1};
   for (int64_t d = 0; d < view.dims; ++d) (d < batch_dims ? s.batch : s.size) *= view.sizes[d];
   return s;
@@ -199,10 +199,10 @@ Walk Walk::of(const View& first, int64_t batch_dims, bool force_row_major) {
   walk.batch_dims = batch_dims;
   walk.first_is_dense = first.numel() > 0 && is_dense(first, 0);
   if (!force_row_major && is_dense(first, batch_dims)) {
-    walk.strides.assign(first.strides, first.strides + first.dims);
+    std::copy_n(first.strides, first.dims, walk.strides);
     walk.row_major = is_row_major(first, batch_dims);
   } else {
-    walk.strides = row_major_strides(first);
+    row_major_strides(first, walk.strides);
     walk.row_major = true;
   }
   return walk;
@@ -210,7 +210,7 @@ Walk Walk::of(const View& first, int64_t batch_dims, bool force_row_major) {
 
 bool Walk::fits(const View& view) const {
   for (int64_t d = batch_dims; d < view.dims; ++d)
-    if (view.sizes[d] != 1 && view.strides[d] != strides[static_cast<size_t>(d)]) return false;
+    if (view.sizes[d] != 1 && view.strides[d] != strides[d]) return false;
   return true;
 }
 
@@ -220,55 +220,54 @@ int64_t batch_stride(const View& view, const Walk& walk, int64_t size) {
 
 namespace {
 
-// Strides of a new tensor in the order of the walk, samples behind one another.
-std::vector<int64_t> packed_strides(const View& view, const Walk& walk) {
-  std::vector<int64_t> strides = walk.strides;
+// A new tensor shaped like `view` in the order of the walk, samples behind one another.
+Tensor empty_in_order(const View& view, const Walk& walk) {
+  int64_t strides[kMaxDims];
+  std::copy_n(walk.strides, view.dims, strides);
   if (walk.batch_dims == 1) {
     strides[0] = 1;
     for (int64_t d = 1; d < view.dims; ++d) strides[0] *= view.sizes[d];
   }
-  return strides;
+  return empty_strided(view, view.sizes, strides, view.dims, view.dtype);
+}
+
+Tensor empty_like_first(const View& first, const Walk& walk, DType dtype) {
+  if (walk.first_is_dense) return empty_strided(first, first.sizes, first.strides, first.dims, dtype);
+  int64_t strides[kMaxDims];
+  row_major_strides(first, strides);
+  return empty_strided(first, first.sizes, strides, first.dims, dtype);
 }
 
 }  // namespace
 
 Tensor fitting(const Tensor& t, View& view, const Walk& walk) {
   if (view.numel() == 0 || walk.fits(view)) return t;
-  const std::vector<int64_t> strides = packed_strides(view, walk);
-  Tensor copy = empty_strided(view, view.sizes, strides.data(), view.dims, view.dtype);
+  Tensor copy = empty_in_order(view, walk);
   torch::stable::copy_(copy, t);
   view = view_of(copy, view.dtype);
   return copy;
 }
 
 Result::Result(const View& first, const Walk& walk, DType dtype)
-    : target_([&] {
-        const std::vector<int64_t> dense =
-            walk.first_is_dense ? std::vector<int64_t>(first.strides, first.strides + first.dims)
-                                : row_major_strides(first);
-        return empty_strided(first, first.sizes, dense.data(), first.dims, dtype);
-      }()),
-      written_(target_),
+    : target_(empty_like_first(first, walk, dtype)),
       target_view_(view_of(target_, dtype)),
       written_view_(target_view_) {
   stage_if_needed(walk);
 }
 
 Result::Result(const Tensor& out, const View& out_view, const Walk& walk)
-    : target_(out), written_(out), target_view_(out_view), written_view_(out_view) {
+    : target_(out), target_view_(out_view), written_view_(out_view) {
   stage_if_needed(walk);
 }
 
 void Result::stage_if_needed(const Walk& walk) {
-  if (target_view_.numel() == 0 || walk.fits(target_view_)) return;
-  const std::vector<int64_t> strides = packed_strides(target_view_, walk);
-  written_ = empty_strided(target_view_, target_view_.sizes, strides.data(), target_view_.dims, target_view_.dtype);
-  written_view_ = view_of(written_, target_view_.dtype);
-  staged_ = true;
+  if (walk.fits(target_view_) || target_view_.numel() == 0) return;
+  staged_ = empty_in_order(target_view_, walk);
+  written_view_ = view_of(*staged_, target_view_.dtype);
 }
 
 Tensor Result::finish() {
-  if (staged_) torch::stable::copy_(target_, written_);
+  if (staged_.has_value()) torch::stable::copy_(target_, *staged_);
   return target_;
 }
 

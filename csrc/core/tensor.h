@@ -16,12 +16,12 @@ using torch::stable::Tensor;
 
 // A tensor's metadata, read once: every accessor of the stable ABI is a call.
 struct View {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-  int32_t device_type = 0, device_index = 0;
-  int64_t dims = 0;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
+  void* data;
+  DType dtype;
+  int32_t device_type, device_index;
+  int64_t dims;
+  const int64_t* sizes;
+  const int64_t* strides;
 
   int64_t numel() const {
     int64_t n = 1;
@@ -42,7 +42,7 @@ std::string label(const char* argument, int index);
 struct Samples {
   int64_t batch, size;
 };
-Samples samples_of(const char* op, const char* argument, const View& view, int64_t batch_dims);
+Samples samples_of(const char* op, const char* argument, int index, const View& view, int64_t batch_dims);
 
 // --- allocation ------------------------------------------------------------------------------------------------
 
@@ -56,11 +56,13 @@ Tensor empty_scalars(const View& like, int64_t rows, int64_t columns);
 
 // --- layouts ---------------------------------------------------------------------------------------------------
 
+constexpr int kMaxDims = 32;
+
 // How a call walks its samples: the order of the dimensions behind the batch. Every tensor of the call is walked
 // the same way; one that lies differently is copied.
 struct Walk {
   int64_t batch_dims = 1;
-  std::vector<int64_t> strides;  // within a sample, dense; of all dimensions for outputs
+  int64_t strides[kMaxDims];     // of every dimension; only those within a sample count
   bool first_is_dense = false;   // outputs take the strides of the first tensor
   bool row_major = false;
 
@@ -90,9 +92,9 @@ class Result {
  private:
   void stage_if_needed(const Walk& walk);
 
-  Tensor target_, written_;
+  Tensor target_;
+  std::optional<Tensor> staged_;  // where the kernel writes if not into the target
   View target_view_, written_view_;
-  bool staged_ = false;
 };
 
 View view_of(const Tensor& t, DType dtype);

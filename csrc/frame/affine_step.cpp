@@ -9,7 +9,6 @@ namespace marquardt {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
-using Values = std::vector<double>;
 
 constexpr int kMaxTerms = 8;  // and an explicit noise
 
@@ -19,52 +18,37 @@ void check_count(const std::vector<Tensor>& terms) {
   }
 }
 
-void prepare(FrameLauncher& launcher, const std::vector<Tensor>& terms, const MaybeTensor& coef, const Values& values,
-             const MaybeTensor& seed) {
+void prepare(FrameLauncher& launcher, const std::vector<Tensor>& terms, const Tensor& coef, const MaybeTensor& seed) {
   launcher.add_state();
   for (size_t j = 1; j < terms.size(); ++j) launcher.add("terms", terms[j], static_cast<int>(j));
   launcher.call.op = FrameOp::affine;
   launcher.noise(seed);
-  launcher.parameters(coef, values, static_cast<int64_t>(terms.size()) + (seed.has_value() ? 1 : 0));
-}
-
-Tensor affine_step_raw(const std::vector<Tensor>& terms, const MaybeTensor& coef, const Values& values,
-                       const MaybeTensor& seed, int64_t batch_dims) {
-  check_count(terms);
-  FrameLauncher launcher("affine_step", "terms", terms[0], 0, batch_dims, seed.has_value());
-  prepare(launcher, terms, coef, values, seed);
-  launcher.output(launcher.state().dtype);
-  return launcher.run()[0];
-}
-
-void affine_step_raw_out(const std::vector<Tensor>& terms, const MaybeTensor& coef, const Values& values,
-                         const MaybeTensor& seed, int64_t batch_dims, const Tensor& out) {
-  check_count(terms);
-  FrameLauncher launcher("affine_step", "terms", terms[0], 0, batch_dims, seed.has_value());
-  prepare(launcher, terms, coef, values, seed);
-  launcher.output(out);
-  launcher.run();
+  launcher.parameters(coef, static_cast<int64_t>(terms.size()) + (seed.has_value() ? 1 : 0));
 }
 
 Tensor affine_step(const std::vector<Tensor>& terms, const Tensor& coef, const MaybeTensor& seed, int64_t batch_dims) {
-  return affine_step_raw(terms, coef, {}, seed, batch_dims);
+  check_count(terms);
+  FrameLauncher launcher("affine_step", "terms", terms[0], 0, batch_dims, seed.has_value());
+  prepare(launcher, terms, coef, seed);
+  launcher.output(launcher.state().dtype);
+  return launcher.run_one();
 }
 
 void affine_step_out(const std::vector<Tensor>& terms, const Tensor& coef, const MaybeTensor& seed, int64_t batch_dims,
                      const Tensor& out) {
-  affine_step_raw_out(terms, coef, {}, seed, batch_dims, out);
+  check_count(terms);
+  FrameLauncher launcher("affine_step", "terms", terms[0], 0, batch_dims, seed.has_value());
+  prepare(launcher, terms, coef, seed);
+  launcher.output(out);
+  launcher.run_one();
 }
 
 // Rows (grad, terms…, noise): d_term_j = c_j·grad, d_c_j = ⟨grad, row_j⟩.
-std::tuple<std::vector<Tensor>, Tensor> backward_raw(const Tensor& grad, const std::vector<Tensor>& terms,
-                                                     const MaybeTensor& coef, const Values& values,
-                                                     const MaybeTensor& seed, bool want_terms, bool want_coef,
-                                                     int64_t batch_dims) {
+std::tuple<std::vector<Tensor>, Tensor> backward(const Tensor& grad, const std::vector<Tensor>& terms,
+                                                 const Tensor& coef, const MaybeTensor& seed, bool want_terms,
+                                                 bool want_coef, int64_t batch_dims) {
   check_count(terms);
   const int64_t columns = static_cast<int64_t>(terms.size()) + (seed.has_value() ? 1 : 0);
-  // The state comes first in the rules, grad first in the rows.
-  FrameLauncher rules("affine_step", "terms", terms[0], 0, batch_dims, seed.has_value());
-  prepare(rules, terms, coef, values, seed);
   FrameLauncher launcher("affine_step", "terms", terms[0], 0, batch_dims, seed.has_value() && want_coef);
   launcher.add("grad", grad);
   if (want_coef) {
@@ -72,10 +56,12 @@ std::tuple<std::vector<Tensor>, Tensor> backward_raw(const Tensor& grad, const s
     launcher.noise(seed);
     launcher.call.gram = GramKind::first;
   }
-  launcher.parameters(coef, values, columns);
+  launcher.parameters(coef, columns);
   launcher.call.op = FrameOp::affine_backward;
   if (want_terms) {
-    for (const Tensor& term : terms) launcher.output(floating_view("affine_step", "terms", term).dtype);
+    for (size_t j = 0; j < terms.size(); ++j) {
+      launcher.output(floating_view("affine_step", "terms", terms[j], static_cast<int>(j)).dtype);
+    }
   }
   Tensor d_coef;
   if (want_coef) {
@@ -88,12 +74,6 @@ std::tuple<std::vector<Tensor>, Tensor> backward_raw(const Tensor& grad, const s
   return {std::move(d_terms), std::move(d_coef)};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> backward(const Tensor& grad, const std::vector<Tensor>& terms,
-                                                 const Tensor& coef, const MaybeTensor& seed, bool want_terms,
-                                                 bool want_coef, int64_t batch_dims) {
-  return backward_raw(grad, terms, coef, {}, seed, want_terms, want_coef, batch_dims);
-}
-
 }  // namespace
 }  // namespace marquardt
 
@@ -103,20 +83,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
   m.def(
       "affine_step_backward(Tensor grad, Tensor[] terms, Tensor coef, Tensor? seed, bool want_terms, bool want_coef,"
       " int batch_dims) -> (Tensor[], Tensor)");
-  m.def("_affine_step(Tensor[] terms, Tensor? coef, float[] values, Tensor? seed, int batch_dims) -> Tensor");
+  m.def("_affine_step(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims) -> Tensor");
+  m.def("_affine_step_out(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims, Tensor(a!) out) -> ()");
   m.def(
-      "_affine_step_out(Tensor[] terms, Tensor? coef, float[] values, Tensor? seed, int batch_dims, Tensor(a!) out)"
-      " -> ()");
-  m.def(
-      "_affine_step_backward(Tensor grad, Tensor[] terms, Tensor? coef, float[] values, Tensor? seed, bool want_terms,"
-      " bool want_coef, int batch_dims) -> (Tensor[], Tensor)");
+      "_affine_step_backward(Tensor grad, Tensor[] terms, Tensor coef, Tensor? seed, bool want_terms, bool want_coef,"
+      " int batch_dims) -> (Tensor[], Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
   m.impl("affine_step", TORCH_BOX(&marquardt::affine_step));
   m.impl("affine_step_out", TORCH_BOX(&marquardt::affine_step_out));
   m.impl("affine_step_backward", TORCH_BOX(&marquardt::backward));
-  m.impl("_affine_step", TORCH_BOX(&marquardt::affine_step_raw));
-  m.impl("_affine_step_out", TORCH_BOX(&marquardt::affine_step_raw_out));
-  m.impl("_affine_step_backward", TORCH_BOX(&marquardt::backward_raw));
+  m.impl("_affine_step", TORCH_BOX(&marquardt::affine_step));
+  m.impl("_affine_step_out", TORCH_BOX(&marquardt::affine_step_out));
+  m.impl("_affine_step_backward", TORCH_BOX(&marquardt::backward));
+}
+
+// Straight at the autograd key: without an entry here every call would pass a fallback that only looks for
+// gradients (0.5 of a torch.add). The variants with `out` take it, because it counts the version of `out`.
+STABLE_TORCH_LIBRARY_IMPL(marquardt, AutogradCPU, m) {
+  m.impl("_affine_step", TORCH_BOX(&marquardt::affine_step));
+  m.impl("_affine_step_backward", TORCH_BOX(&marquardt::backward));
 }

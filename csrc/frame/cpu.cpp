@@ -40,6 +40,9 @@ constexpr int64_t kStreamingBytes = 8 << 20;
 // Samples of a split batch go through their two sweeps together while they fit the cores' own caches.
 constexpr int64_t kCacheBytesPerThread = 512 << 10;
 
+// Samples this small take their products in double at once: it costs nothing there.
+constexpr int64_t kExactSize = 256;
+
 constexpr int64_t chunks_of(int64_t size) {
   return (size + kChunk - 1) / kChunk;
 }
@@ -52,7 +55,7 @@ int gram_entries(const FrameCall& call) {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int buffers) : storage_(static_cast<size_t>(buffers) * kChunk + 64 / sizeof(T)) {
+  explicit Scratch(int buffers) : storage_(buffers == 0 ? 0 : static_cast<size_t>(buffers) * kChunk + 64 / sizeof(T)) {
     const auto address = reinterpret_cast<uintptr_t>(storage_.get());
     first_ = storage_.get() + ((64 - address % 64) % 64) / sizeof(T);
   }
@@ -60,8 +63,8 @@ class Scratch {
 
  private:
   struct Storage {
-    explicit Storage(size_t count) : data(static_cast<T*>(std::malloc(count * sizeof(T)))) {
-      if (data == nullptr) throw std::bad_alloc();
+    explicit Storage(size_t count) : data(count == 0 ? nullptr : static_cast<T*>(std::malloc(count * sizeof(T)))) {
+      if (data == nullptr && count > 0) throw std::bad_alloc();
     }
     ~Storage() { std::free(data); }
     Storage(const Storage&) = delete;
@@ -90,6 +93,7 @@ class FrameRunner {
     streaming_ = bytes >= kStreamingBytes;
     for (int j = 0; j < call.streams; ++j) bytes += call.batch * call.size * size_of(call.stream[j].dtype);
     threads_ = bytes < kSerialBytes ? 1 : thread_count();
+    exact_ = call.exact || call.size <= kExactSize;
   }
 
   void run() {
@@ -294,8 +298,8 @@ class FrameRunner {
     double gram[kMaxGram] = {};
     const uint32_t wanted = gram_rows(call_, parameters(b));
     if (wanted != 0u) {
-      gram_sample(b, wanted, call_.exact, scratch, gram);
-      if (!call_.exact && wants_exact_gram(call_, gram, wanted)) gram_sample(b, wanted, true, scratch, gram);
+      gram_sample(b, wanted, exact_, scratch, gram);
+      if (!exact_ && wants_exact_gram(call_, gram, wanted)) gram_sample(b, wanted, true, scratch, gram);
     }
     FrameMap map;
     map_sample(b, gram, map);
@@ -323,7 +327,7 @@ class FrameRunner {
           const uint32_t wanted = gram_rows(call_, parameters(b));
           auto* acc = reinterpret_cast<double(*)[kLanes]>(partial.data() + static_cast<size_t>(i) * per_chunk);
           __builtin_memset(acc, 0, per_chunk * sizeof(double));
-          if (wanted != 0u) gram_chunk(b, i % chunks, wanted, call_.exact, scratch, acc);
+          if (wanted != 0u) gram_chunk(b, i % chunks, wanted, exact_, scratch, acc);
         }
       });
       for (int64_t s = 0; s < samples; ++s) {
@@ -349,7 +353,7 @@ class FrameRunner {
     double gram[kMaxGram] = {};
     merge(acc, entries, gram);
     const uint32_t wanted = gram_rows(call_, parameters(b));
-    if (wanted != 0u && !call_.exact && wants_exact_gram(call_, gram, wanted)) {
+    if (wanted != 0u && !exact_ && wants_exact_gram(call_, gram, wanted)) {
       const Scratch<T> scratch(scratch_buffers());
       gram_sample(b, wanted, true, scratch, gram);
     }
@@ -392,31 +396,39 @@ class FrameRunner {
   bool in_place_ = false;         // rows are read where they lie
   bool writes_in_place_ = false;  // outputs are written where they lie
   bool streaming_ = false;
+  bool exact_ = false;
   int64_t threads_ = 1;
 };
 
 // Samples of one call whose map is the same and that lie behind one another are one long sample: fewer, longer
 // sweeps. Noise keeps its index as long as it runs through the call.
-FrameCall flattened(FrameCall call) {
-  const bool same_map = call.parameter_stride == 0 && call.prologue_stride == 0 && call.gram == GramKind::none;
+bool flattens(const FrameCall& call) {
+  if (call.batch < 2 || call.gram != GramKind::none || call.scalars != nullptr) return false;
+  if (call.parameter_stride != 0 || call.prologue_stride != 0) return false;
   bool dense = call.seed == nullptr || call.seed_stride == 0;
   for (int j = 0; j < call.streams; ++j) dense = dense && call.stream[j].batch_stride == call.size;
   for (int i = 0; i < call.outputs; ++i) dense = dense && call.output[i].batch_stride == call.size;
-  if (same_map && dense && call.batch > 1 && call.scalars == nullptr) {
-    call.size *= call.batch;
-    call.batch = 1;
+  return dense;
+}
+
+void run(const FrameCall& call) {
+  if (call.compute == DType::f64) {
+    FrameRunner<double>(call).run();
+  } else {
+    FrameRunner<float>(call).run();
   }
-  return call;
 }
 
 }  // namespace
 
 void frame_cpu(const FrameCall& call) {
-  const FrameCall flat = flattened(call);
-  if (flat.compute == DType::f64) {
-    FrameRunner<double>(flat).run();
+  if (flattens(call)) {
+    FrameCall flat = call;
+    flat.size *= flat.batch;
+    flat.batch = 1;
+    run(flat);
   } else {
-    FrameRunner<float>(flat).run();
+    run(call);
   }
 }
 

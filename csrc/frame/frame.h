@@ -42,15 +42,15 @@ enum class GramKind : uint8_t {
 
 // One vector per sample: D dense elements at data + b·batch_stride (in elements).
 struct Stream {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-  int64_t batch_stride = 0;
+  const void* data;
+  DType dtype;
+  int64_t batch_stride;
 };
 
 struct Output {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-  int64_t batch_stride = 0;
+  void* data;
+  DType dtype;
+  int64_t batch_stride;
 };
 
 struct FrameCall {

@@ -117,7 +117,7 @@ std::vector<Tensor> frame_apply(const std::vector<Tensor>& streams, const Tensor
 Tensor frame_map_rows(int64_t op, int64_t mode, const Tensor& gram, const Tensor& coef) {
   const char* name = "_frame_map";
   if (op < 1 || op > 3) value_error(name, "op", "be 1, 2 or 3", op);
-  if (mode < 0 || mode > 2) value_error(name, "mode", "be 0, 1 or 2", mode);
+  if (mode < 0 || mode > 2) value_error(name, "variant", "be 0, 1 or 2", mode);
   const int m = lm_parameters(static_cast<int>(mode));
   const Matrix g = matrix_of(name, "gram", gram, 0), p = matrix_of(name, "coef", coef, 0);
   const int64_t columns = op == 1 ? 3 : op == 2 ? 5 : 6, parameters = op == 3 ? 2 * m : m;
@@ -159,7 +159,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
   m.def(
       "_frame_apply(Tensor[] streams, Tensor c, Tensor? prologue, Tensor? clamp, Tensor? seed, bool ones,"
       " int batch_dims) -> Tensor[]");
-  m.def("_frame_map(int op, int mode, Tensor gram, Tensor coef) -> Tensor");
+  m.def("_frame_map(int op, int variant, Tensor gram, Tensor coef) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {

@@ -18,7 +18,7 @@ FrameLauncher::FrameLauncher(const char* op, const char* argument, const Tensor&
       first_index_(index),
       first_(first),
       state_(floating_view(op, argument, first, index)) {
-  const Samples samples = samples_of(op, label(argument, index).c_str(), state_, batch_dims);
+  const Samples samples = samples_of(op, argument, index, state_, batch_dims);
   if (state_.device_type != aoti_torch_device_type_cpu()) {
     value_error(op, label(argument, index), "be on the CPU here", "another device");
   }
@@ -26,13 +26,12 @@ FrameLauncher::FrameLauncher(const char* op, const char* argument, const Tensor&
   call.size = samples.size;
   call.compute = state_.dtype == DType::f64 ? DType::f64 : DType::f32;
   walk_ = Walk::of(state_, batch_dims, noisy);
-  results_.reserve(kMaxOutputs);
 }
 
 void FrameLauncher::append(const Tensor& t, View view) {
   if (call.streams == kMaxVectors) value_error(op_, "streams", join("hold at most ", kMaxVectors, " vectors"), "more");
-  inputs_.push_back(view);
-  keep_.push_back(fitting(t, view, walk_));
+  inputs_[call.streams] = view;
+  if (!walk_.fits(view) && view.numel() > 0) copies_.push_back(fitting(t, view, walk_));
   call.stream[call.streams++] = {view.data, view.dtype, batch_stride(view, walk_, call.size)};
   call.rows = call.streams;
 }
@@ -66,34 +65,51 @@ void FrameLauncher::add(const char* argument, const Tensor& t, int index) {
   append(t, view);
 }
 
-void FrameLauncher::parameters(const std::optional<Tensor>& coef, const std::vector<double>& values, int64_t columns,
-                               const char* argument) {
-  if (!coef.has_value()) {
-    if (static_cast<int64_t>(values.size()) != columns) {
-      value_error(op_, argument, join("have ", columns, " columns"), values.size());
-    }
-    values_ = values;
-    call.parameters = values_.data();
-    return;
-  }
-  const View view = floating_view(op_, argument, *coef);
+std::vector<double> FrameLauncher::rows_of(const char* argument, const Tensor& t, int64_t columns,
+                                           bool& shared) const {
+  const View view = floating_view(op_, argument, t);
   if (view.dtype != DType::f64) type_error(op_, argument, "be float64", name_of(view.dtype));
-  const bool shared = view.dims == 1 && view.sizes[0] == columns;
+  shared = view.dims == 1 && view.sizes[0] == columns;
   const bool each = view.dims == 2 && view.sizes[0] == call.batch && view.sizes[1] == columns;
   if (!shared && !each) {
     value_error(op_, argument, join("have shape [", columns, "] or [", call.batch, ", ", columns, "]"), view.shape());
   }
   if (view.device_type != state_.device_type) value_error(op_, argument, "be on the CPU", "another device");
-  // Copied: a few numbers, whatever their strides, that nobody changes while the kernel runs.
   const int64_t rows = shared ? 1 : call.batch, row_stride = shared ? 0 : view.strides[0];
   const int64_t column_stride = view.strides[view.dims - 1];
   const double* data = static_cast<const double*>(view.data);
-  values_.resize(static_cast<size_t>(rows * columns));
+  std::vector<double> values(static_cast<size_t>(rows * columns));
   for (int64_t b = 0; b < rows; ++b)
     for (int64_t j = 0; j < columns; ++j)
-      values_[static_cast<size_t>(b * columns + j)] = data[b * row_stride + j * column_stride];
+      values[static_cast<size_t>(b * columns + j)] = data[b * row_stride + j * column_stride];
+  return values;
+}
+
+void FrameLauncher::parameters(const Tensor& coef, int64_t columns) {
+  bool shared = false;
+  values_ = rows_of("coef", coef, columns, shared);
+  columns_ = columns;
   call.parameters = values_.data();
   call.parameter_stride = shared ? 0 : columns;
+}
+
+void FrameLauncher::tangents(const Tensor& coef_t) {
+  bool shared = false;
+  const std::vector<double> moved = rows_of("coef_t", coef_t, columns_, shared);
+  const int64_t rows = shared && call.parameter_stride == 0 ? 1 : call.batch, m = columns_;
+  std::vector<double> joined;
+  for (int64_t b = 0; b < rows; ++b) {
+    const double *p = parameter_row(b), *t = moved.data() + (shared ? 0 : b * m);
+    joined.insert(joined.end(), p, p + m);
+    joined.insert(joined.end(), t, t + m);
+  }
+  values_ = std::move(joined);
+  call.parameters = values_.data();
+  call.parameter_stride = rows == 1 ? 0 : 2 * m;
+}
+
+void FrameLauncher::zero_parameter(int64_t column) {
+  for (size_t i = static_cast<size_t>(column); i < values_.size(); i += static_cast<size_t>(columns_)) values_[i] = 0.0;
 }
 
 void FrameLauncher::noise(const std::optional<Tensor>& seed) {
@@ -108,41 +124,43 @@ void FrameLauncher::noise(const std::optional<Tensor>& seed) {
   if (view.device_type != state_.device_type) {
     value_error(op_, "seed", "be on the data's device (cpu)", "another device");
   }
-  Tensor dense = *seed;
   if (view.strides[view.dims - 1] != 1 || (each && view.strides[0] != 2)) {
     value_error(op_, "seed", "be contiguous", "strides with gaps");
   }
-  keep_.push_back(dense);
   call.seed = static_cast<const int64_t*>(view.data);
   call.seed_stride = shared ? 0 : 2;
   call.rows = call.streams + 1;
 }
 
-Result& FrameLauncher::output(DType dtype) {
-  results_.emplace_back(state_, walk_, dtype);
-  const View& view = results_.back().written();
-  call.output[call.outputs++] = {view.data, dtype, batch_stride(view, walk_, call.size)};
-  return results_.back();
+void FrameLauncher::append(Result result) {
+  const View& view = result.written();
+  call.output[call.outputs++] = {view.data, view.dtype, batch_stride(view, walk_, call.size)};
+  if (!result_.has_value()) {
+    result_.emplace(std::move(result));
+  } else {
+    more_results_.push_back(std::move(result));
+  }
 }
 
-Result& FrameLauncher::output(const Tensor& out) {
+void FrameLauncher::output(DType dtype) {
+  append(Result(state_, walk_, dtype));
+}
+
+void FrameLauncher::output(const Tensor& out) {
   const View view = floating_view(op_, "out", out);
-  const std::string first = label(first_name_, first_index_);
+  const auto first = [this] { return label(first_name_, first_index_); };
   if (!view.same_shape(state_)) {
-    value_error(op_, "out", join("have the shape of ", first, " (", state_.shape(), ")"), view.shape());
+    value_error(op_, "out", join("have the shape of ", first(), " (", state_.shape(), ")"), view.shape());
   }
   if (view.dtype != state_.dtype) {
-    type_error(op_, "out", join("have the dtype of ", first, " (", name_of(state_.dtype), ")"), name_of(view.dtype));
+    type_error(op_, "out", join("have the dtype of ", first(), " (", name_of(state_.dtype), ")"), name_of(view.dtype));
   }
   if (view.device_type != state_.device_type) {
-    value_error(op_, "out", join("be on the device of ", first, " (cpu)"), "another device");
+    value_error(op_, "out", join("be on the device of ", first(), " (cpu)"), "another device");
   }
   check_writable(op_, view);
-  for (const View& input : inputs_) check_overlap(op_, view, input);
-  results_.emplace_back(out, view, walk_);
-  const View& written = results_.back().written();
-  call.output[call.outputs++] = {written.data, written.dtype, batch_stride(written, walk_, call.size)};
-  return results_.back();
+  for (int j = 0; j < call.streams; ++j) check_overlap(op_, view, inputs_[j]);
+  append(Result(out, view, walk_));
 }
 
 Tensor FrameLauncher::scalars(int64_t columns) {
@@ -163,9 +181,14 @@ int64_t FrameLauncher::parameter_rows() const {
 std::vector<Tensor> FrameLauncher::run() {
   frame_cpu(call);
   std::vector<Tensor> outputs;
-  outputs.reserve(results_.size());
-  for (Result& r : results_) outputs.push_back(r.finish());
+  if (result_.has_value()) outputs.push_back(result_->finish());
+  for (Result& r : more_results_) outputs.push_back(r.finish());
   return outputs;
+}
+
+Tensor FrameLauncher::run_one() {
+  frame_cpu(call);
+  return result_->finish();
 }
 
 }  // namespace marquardt

@@ -22,14 +22,17 @@ class FrameLauncher {
   // Appends the state itself as the next vector.
   void add_state();
 
-  // The op's scalars: `values` from the host or `coef` [m] or [B, m].
-  void parameters(const std::optional<Tensor>& coef, const std::vector<double>& values, int64_t columns,
-                  const char* argument = "coef");
+  // The op's scalars, `coef` [m] or [B, m], float64.
+  void parameters(const Tensor& coef, int64_t columns);
+  // Appends the tangents of the scalars, like `coef`, to each row of parameters.
+  void tangents(const Tensor& coef_t);
+  // Sets one scalar to 0 in every row.
+  void zero_parameter(int64_t column);
   // Noise as the last vector, if there is a seed.
   void noise(const std::optional<Tensor>& seed);
 
-  Result& output(DType dtype);
-  Result& output(const Tensor& out);
+  void output(DType dtype);
+  void output(const Tensor& out);
   // [B, columns] float64.
   Tensor scalars(int64_t columns);
 
@@ -39,6 +42,8 @@ class FrameLauncher {
 
   // Runs the kernel and returns the outputs, each where it belongs.
   std::vector<Tensor> run();
+  // The same for an op with one output.
+  Tensor run_one();
 
   FrameCall call;
   const View& state() const { return state_; }
@@ -46,6 +51,9 @@ class FrameLauncher {
 
  private:
   void append(const Tensor& t, View view);
+  void append(Result result);
+  // Rows of float64 numbers, [m] or [B, m], as one dense block.
+  std::vector<double> rows_of(const char* argument, const Tensor& t, int64_t columns, bool& shared) const;
 
   const char* op_;
   const char* first_name_;
@@ -54,10 +62,12 @@ class FrameLauncher {
   View state_;
   std::optional<DType> model_;  // the second dtype of the call, once one was seen
   Walk walk_;
-  std::vector<Tensor> keep_;  // copies and parameters alive until the kernel is done
-  std::vector<double> values_;
-  std::vector<View> inputs_;
-  std::vector<Result> results_;
+  std::vector<Tensor> copies_;  // inputs that lay otherwise, alive until the kernel is done
+  std::vector<double> values_;  // parameters, columns_ per row
+  int64_t columns_ = 0;
+  View inputs_[kMaxVectors];
+  std::optional<Result> result_;  // the first output, and the others
+  std::vector<Result> more_results_;
 };
 
 }  // namespace marquardt

@@ -37,16 +37,14 @@ MQ_HOST_DEVICE inline void lm_coefficients(int mode, S n, S e, S R, S first, S s
   const S Et = n + kappa * e;                          // ⟨ε, ε̃⟩
   const S m = n + S(2.0) * kappa * e + kappa * kappa * R;  // ⟨ε̃, ε̃⟩
   const S a = lambda + kappa * (kappa * R + e), b = kappa * Et;  // d = a·ε − b·r
-  if (mode == kPlain) {
-    const S total = lambda + m;
-    if (value(total) == 0.0) return;
-    c0 = a / total;
-    c1 = -(b / total);
+  const S dd = lambda * lambda * n + kappa * kappa * G * (S(2.0) * lambda + m);  // ⟨d, d⟩
+  if (value(dd) == 0.0) {  // λ = 0 and prev ∥ eps: u = 0, and the direction is eps
+    c0 = S(mode == kPlain ? 0.0 : 1.0);
     return;
   }
-  const S dd = lambda * lambda * n + kappa * kappa * G * (S(2.0) * lambda + m);  // ⟨d, d⟩
-  if (value(dd) == 0.0) {  // λ = 0 and prev ∥ eps: the direction is eps
-    c0 = S(1.0);
+  if (mode == kPlain) {
+    c0 = a / (lambda + m);
+    c1 = -(b / (lambda + m));
     return;
   }
   const S scale = square_root(n / dd);

@@ -22,47 +22,39 @@ def call_eager(op: Op, *args: Any) -> Any:
 
 def call_traced(op: Op, *args: Any) -> Any:
     """How derivatives reach other ops inside a trace: one node."""
-    return op.traced(*op._tensors(args))
+    return op.traced(*args)
 
 
-def _split(flat: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-    """Tensors to save, and the rest with placeholders at their places."""
-    tensors = [a for a in flat if isinstance(a, Tensor)]
-    return tensors, [_SAVED if isinstance(a, Tensor) else a for a in flat]
+def _save(op: Op, ctx: Any, flat: Sequence[Any]) -> None:
+    """Tensors (and absent ones) are saved; the plain values between them are kept as they are."""
+    first, last = (op.tensors, len(op.arguments)) if op.list_at is None else (op.tensors - 1, len(op.arguments) - 1)
+    ctx.save_for_backward(*flat[:first], *flat[last:])
+    ctx.values = flat[first:last]
+    ctx.set_materialize_grads(False)
 
 
-def _join(tensors: Sequence[Tensor], rest: Sequence[Any]) -> list[Any]:
-    saved = iter(tensors)
-    return [next(saved) if a is _SAVED else a for a in rest]
+def _saved(op: Op, ctx: Any) -> tuple[Any, ...]:
+    """The arguments of the op again."""
+    tensors = ctx.saved_tensors
+    first = op.tensors if op.list_at is None else op.tensors - 1
+    return op.unflatten((*tensors[:first], *ctx.values, *tensors[first:]))
 
 
-class _Saved:
-    """Marks the place of a saved tensor."""
-
-
-_SAVED = _Saved()
-
-
-def _gradients(op: Op, ctx: Any, grads: Sequence[Any]) -> tuple[Any, ...]:
-    args = op.unflatten(_join(ctx.saved_tensors, ctx.rest), ctx.lengths)
+def _gradients(op: Op, ctx: Any, grads: Sequence[Any]) -> Any:
+    """One gradient per flat argument; the list of gradients may be left out as a whole."""
+    args = _saved(op, ctx)
     if op.returns_list:
         grads = (list(grads[:-1]), grads[-1])
-    needs = op.unflatten(ctx.needs_input_grad[1:], ctx.lengths)
-    result = op.backward(call_eager, grads, needs, *args)
-    return (None, *_flat_gradients(op, result, ctx.lengths))
+    result = _with_list(op, op.backward(call_eager, grads, op.unflatten(ctx.needs_input_grad), *args), args)
+    return op.flatten(result)
 
 
-def _flat_gradients(op: Op, result: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-    """One gradient per flat argument; a list of gradients may be left out as a whole."""
-    flat: list[Any] = []
-    remaining = iter(lengths)
-    for argument, g in zip(op.arguments, result, strict=True):
-        if argument.kind == "list":
-            count = next(remaining)
-            flat += g or [None] * count
-        else:
-            flat.append(g)
-    return flat
+def _with_list(op: Op, result: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """Gradients where the list of gradients may have been left out as a whole."""
+    at = op.list_at
+    if at is None or result[at]:
+        return tuple(result)
+    return (*result[:at], [None] * len(args[at]), *result[at + 1 :])
 
 
 def functions_of(op: Op) -> tuple[type, type]:
@@ -70,41 +62,32 @@ def functions_of(op: Op) -> tuple[type, type]:
 
     class Functorch(torch.autograd.Function):
         @staticmethod
-        def forward(lengths: Any, *flat: Any) -> Any:
-            return op.flatten_outputs(op.plain(*op.unflatten(flat, lengths)))
+        def forward(*flat: Any) -> Any:
+            return op.flatten_outputs(op.plain(*op.unflatten(flat)))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.lengths, flat = inputs[0], inputs[1:]
-            tensors, ctx.rest = _split(flat)
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
-            ctx.set_materialize_grads(False)
+            _save(op, ctx, inputs)
+            ctx.save_for_forward(*ctx.to_save)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return _gradients(op, ctx, grads)
 
         @staticmethod
-        def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-            args = op.unflatten(_join(ctx.saved_tensors, ctx.rest), ctx.lengths)
-            return op.jvp(call_eager, op.unflatten(tangents, ctx.lengths), *args)
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            return op.jvp(call_eager, op.unflatten(tangents), *_saved(op, ctx))
 
         @staticmethod
-        def vmap(info: Any, in_dims: Any, lengths: Any, *flat: Any) -> Any:
-            args = op.unflatten(flat, lengths)
-            dims = op.unflatten(in_dims[1:], lengths)
-            result, out_dims = batching.vmap_eager(op, info.batch_size, dims, args)
+        def vmap(info: Any, in_dims: Any, *flat: Any) -> Any:
+            result, out_dims = batching.vmap_eager(op, info.batch_size, op.unflatten(in_dims), op.unflatten(flat))
             return op.flatten_outputs(result), out_dims
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, lengths: Any, *flat: Any) -> Any:
-            ctx.lengths = lengths
-            tensors, ctx.rest = _split(flat)
-            ctx.save_for_backward(*tensors)
-            ctx.set_materialize_grads(False)
-            return op.flatten_outputs(op.plain(*op.unflatten(flat, lengths)))
+        def forward(ctx: Any, *flat: Any) -> Any:
+            _save(op, ctx, flat)
+            return op.flatten_outputs(op.plain(*op.unflatten(flat)))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -119,13 +102,10 @@ def register(op: Op, qualified: str, library: torch.library.Library) -> None:
     """The formula that tracing sees."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        flat, ctx.lengths = op.flatten(inputs)
-        tensors, ctx.rest = _split(flat)
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
+        _save(op, ctx, op.flatten(inputs))
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        args = op.unflatten(_join(ctx.saved_tensors, ctx.rest), ctx.lengths)
-        return op.backward(call_traced, grads, ctx.needs_input_grad, *args)
+        args = _saved(op, ctx)
+        return _with_list(op, op.backward(call_traced, grads, ctx.needs_input_grad, *args), args)
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)

@@ -170,9 +170,12 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     >>> mq.explain(mq.affine_step, [torch.ones(2, 4)], [1.0]).backend in ("cpu", "reference")
     True
     """
+    from .declare import registry
     from .layout import is_dense
 
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name not in registry:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(registry))}, got {name}")
     tensors: list[tuple[str, Tensor]] = []
     for label, value in [*((f"argument {i}", v) for i, v in enumerate(args)), *kwargs.items()]:
         members = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]

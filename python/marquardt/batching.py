@@ -27,6 +27,11 @@ def vmap_traced(op: Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any
     return _vmap(op, op.traced, info.batch_size, dims, args)
 
 
+def vmap_raw(op: Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """The same for the operator without autograd."""
+    return _vmap(op, op.plain, info.batch_size, dims, args)
+
+
 def _vmap(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
     names = [a.name for a in op.arguments]
     seed = args[names.index("seed")] if "seed" in names else None
@@ -61,7 +66,7 @@ def _folded(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], ar
         return moved.flatten(0, 1)
 
     folded = [
-        fold_coef(a, d) if argument.kind == "coef" else fold(a, d)
+        fold_coef(a, d) if argument.name.startswith("coef") else fold(a, d)
         for argument, a, d in zip(op.arguments, args, dims, strict=True)
     ]
     folded[at] = 1

@@ -66,10 +66,6 @@ def batched(op: str, argument: str, t: Tensor, batch_dims: int) -> None:
 
 def coefficients(op: str, coef: Any, columns: int, state: Tensor, batch_dims: int) -> None:
     """`coef` is [columns] on the CPU or [B, columns] beside the data, float64."""
-    if isinstance(coef, tuple):
-        if len(coef) != columns:
-            raise errors.value(op, "coef", f"have {columns} columns", len(coef))
-        return
     if coef.dtype is not torch.float64:
         raise errors.kind(op, "coef", "be float64", name(coef.dtype))
     batch, _ = batch_and_size(state, batch_dims)
@@ -83,8 +79,6 @@ def coefficients(op: str, coef: Any, columns: int, state: Tensor, batch_dims: in
 
 def host_values(coef: Any) -> list[list[float]]:
     """Rows of scalars that the host knows without a synchronisation, else []."""
-    if isinstance(coef, tuple):
-        return [list(coef)]
     if coef.device.type != "cpu" or type(coef) is not Tensor or torch.compiler.is_compiling():
         return []
     rows = coef.detach()
@@ -111,7 +105,7 @@ def lm_direction(eps: Any, prev: Any, coef: Any, mode: int, batch_dims: int) -> 
     floating(op, "eps", eps)
     batched(op, "eps", eps, batch_dims)
     if mode not in (0, 1, 2):
-        raise errors.value(op, "mode", "be 0, 1 or 2", mode)
+        raise errors.value(op, "variant", "be 0, 1 or 2", mode)
     if prev is not None:
         like(op, "prev", prev, "eps", eps)
     coefficients(op, coef, 1 if mode == 2 else 2, eps, batch_dims)
@@ -189,6 +183,8 @@ def out(op: str, out_: Any, first: str, state: Tensor, inputs: Sequence[Tensor |
         raise errors.kind(op, "out", f"have the dtype of {first} ({name(state.dtype)})", name(out_.dtype))
     if out_.device != state.device:
         raise errors.value(op, "out", f"be on the device of {first} ({state.device})", out_.device)
+    if any(size > 1 and stride == 0 for size, stride in zip(out_.shape, out_.stride(), strict=True)):
+        raise errors.value(op, "out", "have no repeated elements", "stride 0")
     for t in inputs:
         if t is not None and _partial_overlap(out_, t):
             raise errors.value(op, "out", "be an input itself or share no memory with one", "a partial overlap")

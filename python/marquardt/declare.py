@@ -8,8 +8,8 @@ ops. From that it gets every path by which a call can reach a kernel:
     eager training                  an old-style autograd.Function, three times cheaper than the former
     inference                       the bare kernel, `marquardt::_<op>`
 
-Arguments of an op are tensors, lists of tensors, a `coef` (see `scalars`) and plain values, in the order of its
-schema. Derivatives call other ops through the `call` they are given, so that one formula serves all paths.
+Arguments of an op are tensors (its scalars too, see `scalars`), at most one list of tensors, and plain values at the
+end. Derivatives call other ops through the `call` they are given, so that one formula serves all paths.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from . import _native, backends, batching, errors
-from .scalars import as_tensor
 
 Tensor = torch.Tensor
 NAMESPACE = "marquardt"
@@ -41,7 +40,7 @@ class Argument:
     """One argument of a schema: its name and what it carries."""
 
     name: str
-    kind: str  # "tensor", "list", "coef" or "value"
+    kind: str  # "tensor", "list" or "value"
 
 
 def parse_schema(schema: str) -> tuple[str, tuple[Argument, ...]]:
@@ -50,8 +49,9 @@ def parse_schema(schema: str) -> tuple[str, tuple[Argument, ...]]:
     arguments = []
     for part in rest[: rest.index(")")].split(","):
         type_, name = part.split()
-        kind = {"Tensor": "tensor", "Tensor?": "tensor", "Tensor[]": "list"}.get(type_, "value")
-        arguments.append(Argument(name, "coef" if name.startswith("coef") else kind))
+        arguments.append(
+            Argument(name, {"Tensor": "tensor", "Tensor?": "tensor", "Tensor[]": "list"}.get(type_, "value"))
+        )
     return head, tuple(arguments)
 
 
@@ -83,17 +83,21 @@ class Op:
         self.reference, self.fake, self.check = reference, fake, check
         self.backward = backward or functools.partial(_backward_of_reference, self)
         self.jvp = jvp or functools.partial(_jvp_of_reference, self)
-        self.coefs = tuple(i for i, a in enumerate(self.arguments) if a.kind == "coef")
         self.has_out = out
+        kinds = [a.kind for a in self.arguments]
+        self.list_at = kinds.index("list") if "list" in kinds else None
+        self.tensors = len(kinds) - kinds.count("value")  # tensors come first, values behind
         registry[self.name] = self
+        self.native: Callable[..., Any] | None = None
         if _native.why_not() is None:
             operators = torch.ops.marquardt
-            self.native = getattr(operators, "_" + self.name).default
+            self.native = getattr(operators, "_" + self.name).default._op
             if out:
-                self.native_out = getattr(operators, f"_{self.name}_out").default
+                self.native_out = getattr(operators, f"_{self.name}_out").default._op
         else:
             self._define_without_native(schema)
         self.traced = getattr(torch.ops.marquardt, self.name).default
+        self.returns_list = any(isinstance(r.type, torch.ListType) for r in self.traced._schema.returns)
         if out:
             self.traced_out = getattr(torch.ops.marquardt, f"{self.name}_out").default
         from . import autograd
@@ -109,50 +113,54 @@ class Op:
         if _functorch_active() or _forward_ad._current_level >= 0:
             return self._apply(self.functorch_function, args)
         if _is_grad_enabled() and self.asks_gradient(args):
+            if self.list_at is None:
+                return self.eager_function.apply(*args)
             return self._apply(self.eager_function, args)
-        return self.plain(*args)
+        first = args[0]
+        if type(first) is list and first:
+            first = first[0]
+        try:
+            if backends._forced is None and first.is_cpu and self.native is not None:
+                return self.native(*args)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise errors.translate(error, self.check, args) from None
+        return self._on_other_backend(args)
 
     def asks_gradient(self, args: tuple[Any, ...]) -> bool:
         """Whether any tensor among the arguments requires grad."""
-        for a in args:
-            if isinstance(a, Tensor):
-                if a.requires_grad:
+        try:
+            for a in args[: self.tensors]:
+                if a is None:
+                    continue
+                if type(a) is list:
+                    for t in a:
+                        if t.requires_grad:
+                            return True
+                elif a.requires_grad:
                     return True
-            elif type(a) is list and any(isinstance(t, Tensor) and t.requires_grad for t in a):
-                return True
+        except AttributeError:
+            self.check(*args)  # something is not a tensor: say which
+            raise
         return False
 
     def plain(self, *args: Any) -> Any:
         """The kernel itself, without autograd."""
         first = args[0][0] if type(args[0]) is list and args[0] else args[0]
         try:
-            if backends._forced is None and first.is_cpu and _native._ERROR is None:
-                return self.native(*self.raw_args(args))
+            if backends._forced is None and first.is_cpu and self.native is not None:
+                return self.native(*args)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise errors.translate(error, self.check, args) from None
         return self._on_other_backend(args)
 
-    def raw_args(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Each `coef` becomes (tensor or None, floats), the form of the raw operators."""
-        if len(self.coefs) == 1:
-            (i,) = self.coefs
-            coef = args[i]
-            if type(coef) is tuple:
-                return (*args[:i], None, coef, *args[i + 1 :])
-            return (*args[:i], coef, (), *args[i + 1 :])
-        flat: list[Any] = []
-        for i, a in enumerate(args):
-            if i in self.coefs:
-                flat += [None, a] if type(a) is tuple else [a, ()]
-            else:
-                flat.append(a)
-        return tuple(flat)
-
     def to_out(self, out: Tensor, *args: Any) -> Tensor:
         """The variant that writes into `out` (which may be an input) and returns it."""
         if _is_compiling():
-            self.traced_out(*self._tensors(args), out=out)
+            self.check(*args)
+            self.traced_out(*args, out=out)
             return out
+        if _functorch_active() or _forward_ad._current_level >= 0:
+            return out.copy_(self(*args))
         if _is_grad_enabled() and (self.asks_gradient(args) or getattr(out, "requires_grad", False)):
             raise RuntimeError(
                 f"{self.name}: out= does not support automatic differentiation, but one of the arguments "
@@ -160,8 +168,8 @@ class Op:
             )
         first = args[0][0] if type(args[0]) is list and args[0] else args[0]
         try:
-            if backends._forced is None and first.is_cpu and _native._ERROR is None:
-                self.native_out(*self.raw_args(args), out)
+            if backends._forced is None and first.is_cpu and self.native is not None:
+                self.native_out(*args, out)
                 return out
         except (RuntimeError, AttributeError, TypeError) as error:
             raise errors.translate(error, functools.partial(self._check_out, out), args) from None
@@ -183,8 +191,7 @@ class Op:
         first = args[0][0] if type(args[0]) is list else args[0]
         backend = backends.choose(self.name, first.device)
         if backend in ("cpu", "cuda"):
-            return self.native(*self.raw_args(args))
-        args = self._tensors(args)
+            return self.native(*args)
         if backend == "triton":
             from .triton_kernels import frame
 
@@ -192,16 +199,11 @@ class Op:
         with torch.no_grad():
             return self.reference(*args)
 
-    def _tensors(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(as_tensor(a) if i in self.coefs else a for i, a in enumerate(args))
-
     def _apply(self, function: Any, args: tuple[Any, ...]) -> Any:
-        flat, lengths = self.flatten(args)
-        result = function.apply(lengths, *flat)
-        return self.group_outputs(result, lengths)
+        result = function.apply(*self.flatten(args))
+        return (list(result[:-1]), result[-1]) if self.returns_list else result
 
     def _trace(self, args: tuple[Any, ...]) -> Any:
-        args = self._tensors(args)
         self.check(*args)
         forced = backends._forced
         if forced == "reference":
@@ -212,49 +214,26 @@ class Op:
             return triton_kernels.traced(self.name)(*args)
         return self.traced(*args)
 
-    # --- lists of tensors as flat arguments --------------------------------------------------------------------
+    # --- a list of tensors as flat arguments -------------------------------------------------------------------
 
-    def flatten(self, args: Sequence[Any]) -> tuple[list[Any], tuple[int, ...]]:
-        """Arguments with every list spread out, and the lengths of the lists."""
-        flat: list[Any] = []
-        lengths: list[int] = []
-        for argument, a in zip(self.arguments, args, strict=True):
-            if argument.kind == "list":
-                flat += a
-                lengths.append(len(a))
-            else:
-                flat.append(a)
-        return flat, tuple(lengths)
+    def flatten(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Arguments for Function.apply, which sees tensors only outside lists: the list goes to the end."""
+        if self.list_at is None:
+            return tuple(args)
+        return (*args[: self.list_at], *args[self.list_at + 1 :], *args[self.list_at])
 
-    def unflatten(self, flat: Sequence[Any], lengths: Sequence[int]) -> tuple[Any, ...]:
+    def unflatten(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """The inverse of `flatten`."""
-        args: list[Any] = []
-        at, remaining = 0, list(lengths)
-        for argument in self.arguments:
-            if argument.kind == "list":
-                count = remaining.pop(0)
-                args.append(list(flat[at : at + count]))
-                at += count
-            else:
-                args.append(flat[at])
-                at += 1
-        return tuple(args)
+        if self.list_at is None:
+            return tuple(flat)
+        fixed = len(self.arguments) - 1
+        return (*flat[: self.list_at], list(flat[fixed:]), *flat[self.list_at : fixed])
 
     def flatten_outputs(self, result: Any) -> Any:
-        """Function.apply returns tensors only: a list among the outputs is spread in front."""
+        """Function.apply returns tensors only: the list of (Tensor[], Tensor) is spread in front."""
         if isinstance(result, tuple) and isinstance(result[0], (list, tuple)):
             return (*result[0], *result[1:])
         return result
-
-    def group_outputs(self, result: Any, lengths: Sequence[int]) -> Any:
-        """The inverse of `flatten_outputs` for ops that return (Tensor[], Tensor)."""
-        if not self.returns_list:
-            return result
-        return list(result[:-1]), result[-1]
-
-    @property
-    def returns_list(self) -> bool:
-        return any(isinstance(r.type, torch.ListType) for r in self.traced._schema.returns)
 
     # --- registrations -----------------------------------------------------------------------------------------
 
@@ -285,39 +264,24 @@ class Op:
         if self.has_out:
             torch.library.register_fake(f"{qualified}_out", self._fake_out, lib=_library)
         if _native.why_not() is None:
-            torch.library.register_fake(
-                f"{NAMESPACE}::_{self.name}", lambda *raw: fake(*self._from_raw(raw)), lib=_library
-            )
+            raw = f"{NAMESPACE}::_{self.name}"
+            torch.library.register_fake(raw, fake, lib=_library)
+            torch.library.register_vmap(raw, functools.partial(batching.vmap_raw, self), lib=_library)
 
     def _fake_out(self, *args: Any, out: Tensor) -> None:
         self._check_out(out, *args)
 
-    def _from_raw(self, raw: tuple[Any, ...]) -> tuple[Any, ...]:
-        args: list[Any] = []
-        rest = iter(raw)
-        for argument in self.arguments:
-            a = next(rest)
-            if argument.kind == "coef":
-                values = next(rest)
-                a = tuple(values) if a is None else a
-            args.append(a)
-        return tuple(args)
-
-
-def _tensor_positions(op: Op, flat: Sequence[Any]) -> list[int]:
-    return [i for i, a in enumerate(flat) if isinstance(a, Tensor) and a.is_floating_point()]
-
 
 def _on_tensors(op: Op, args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any], list[int]]:
     """The reference as a function of its floating tensors alone; those tensors; their flat positions."""
-    flat, lengths = op.flatten([as_tensor(a) if i in op.coefs else a for i, a in enumerate(args)])
-    positions = _tensor_positions(op, flat)
+    flat = op.flatten(args)
+    positions = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and a.is_floating_point()]
 
     def function(*tensors: Tensor) -> Any:
         full = list(flat)
         for i, t in zip(positions, tensors, strict=True):
             full[i] = t
-        result = op.flatten_outputs(op.reference(*op.unflatten(full, lengths)))
+        result = op.flatten_outputs(op.reference(*op.unflatten(full)))
         return result if isinstance(result, tuple) else (result,)
 
     return function, [flat[i] for i in positions], positions
@@ -327,21 +291,18 @@ def _backward_of_reference(op: Op, call: Any, grads: Sequence[Any], needs: Any, 
     """Gradients of the definition itself; differentiable again, to any order."""
     function, tensors, positions = _on_tensors(op, args)
     outputs, pullback = torch.func.vjp(function, *tensors)
-    flat_grads = op.flatten_outputs(tuple(grads) if len(grads) > 1 else (grads[0],))
+    flat_grads = op.flatten_outputs(tuple(grads))
     filled = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, flat_grads, strict=True))
-    flat, lengths = op.flatten(args)
-    result: list[Any] = [None] * len(flat)
+    result: list[Any] = [None] * len(op.flatten(args))
     for i, g in zip(positions, pullback(filled), strict=True):
-        result[i] = g if isinstance(flat[i], Tensor) else None
-    return op.unflatten(result, lengths)
+        result[i] = g
+    return op.unflatten(result)
 
 
 def _jvp_of_reference(op: Op, call: Any, tangents: Sequence[Any], *args: Any) -> Any:
     """Tangents of the definition itself."""
     function, tensors, positions = _on_tensors(op, args)
-    flat, _ = op.flatten(tangents)
-    moved = tuple(
-        torch.zeros_like(t) if flat[i] is None else flat[i] for i, t in zip(positions, tensors, strict=True)
-    )
+    flat = op.flatten(tangents)
+    moved = tuple(torch.zeros_like(t) if flat[i] is None else flat[i] for i, t in zip(positions, tensors, strict=True))
     _, out = torch.func.jvp(function, tuple(tensors), moved)
     return out if len(out) > 1 else out[0]

@@ -18,10 +18,8 @@ Tensor = torch.Tensor
 KEEP_NORM, PLAIN, EXTRAPOLATE = reference.KEEP_NORM, reference.PLAIN, reference.EXTRAPOLATE
 
 
-def _sum_to(d_coef: Tensor | None, coef: Any) -> Tensor | None:
+def _sum_to(d_coef: Tensor, coef: Tensor) -> Tensor:
     """The gradient of `coef` from its per-sample gradient [B, m]."""
-    if d_coef is None or not isinstance(coef, Tensor):
-        return None
     return d_coef if coef.dim() == 2 else d_coef.sum(0).to(coef.device)
 
 
@@ -31,48 +29,50 @@ def _fake_backward(grad: Tensor, eps: Tensor, prev: Tensor, coef: Any, mode: int
     return empty_output(eps), empty_output(eps, prev.dtype), d_coef
 
 
+def _without_prev(coef: Tensor) -> Tensor:
+    """κ = 0: what `coef` means where there is no prev."""
+    return torch.cat([coef[..., :1], torch.zeros_like(coef[..., 1:])], dim=-1)
+
+
 def _backward(
-    call: Any, grads: Sequence[Any], needs: Any, eps: Tensor, prev: Tensor | None, coef: Any, mode: int, batch_dims: int
+    call: Any,
+    grads: Sequence[Any],
+    needs: Any,
+    eps: Tensor,
+    prev: Tensor | None,
+    coef: Tensor,
+    mode: int,
+    batch_dims: int,
 ) -> tuple[Any, ...]:
     (grad,) = grads
     if grad is None:
         return None, None, None, None, None
+    if prev is None and mode != PLAIN:
+        return grad, None, None, None, None  # the identity
+    used = _without_prev(coef) if prev is None else coef
+    d_eps, d_prev, d_coef = call(BACKWARD, grad, eps, eps if prev is None else prev, used, mode, batch_dims)
+    d_coef = _sum_to(d_coef, coef) if needs[2] else None
     if prev is None:
-        if mode != PLAIN:
-            return grad, None, None, None, None  # the identity
-        damping = coef[..., :1] if isinstance(coef, Tensor) else coef[:1]
-        kappa = torch.zeros_like(damping) if isinstance(damping, Tensor) else (0.0,)
-        coef = torch.cat([damping, kappa], dim=-1) if isinstance(damping, Tensor) else damping + kappa
-        d_eps, _, d_coef = call(BACKWARD, grad, eps, eps, coef, mode, batch_dims)
-        return d_eps, None, _sum_to(d_coef, coef), None, None
-    d_eps, d_prev, d_coef = call(BACKWARD, grad, eps, prev, coef, mode, batch_dims)
-    return d_eps, d_prev, _sum_to(d_coef, coef), None, None
+        return d_eps, None, None if d_coef is None else _without_prev(d_coef), None, None
+    return d_eps, d_prev, d_coef, None, None
 
 
 def _jvp(
-    call: Any,
-    tangents: Sequence[Any],
-    eps: Tensor,
-    prev: Tensor | None,
-    coef: Any,
-    mode: int,
-    batch_dims: int,
+    call: Any, tangents: Sequence[Any], eps: Tensor, prev: Tensor | None, coef: Tensor, mode: int, batch_dims: int
 ) -> Tensor:
     eps_t, prev_t, coef_t = tangents[:3]
     eps_t = torch.zeros_like(eps) if eps_t is None else eps_t
+    coef_t = torch.zeros_like(coef) if coef_t is None else coef_t
     if prev is None:
         if mode != PLAIN:
-            return eps_t
-        prev, prev_t = eps, eps_t
-        coef = scalars.as_tensor(coef) * torch.tensor([1.0, 0.0], dtype=torch.float64)
+            return eps_t.clone()
+        prev, prev_t, coef, coef_t = eps, eps_t, _without_prev(coef), _without_prev(coef_t)
     prev_t = torch.zeros_like(prev) if prev_t is None else prev_t
-    if coef_t is None:
-        coef_t = (0.0,) * len(coef) if isinstance(coef, tuple) else torch.zeros_like(coef)
     return call(JVP, eps, prev, coef, eps_t, prev_t, coef_t, mode, batch_dims)
 
 
 LM = Op(
-    "lm_direction(Tensor eps, Tensor? prev, Tensor coef, int mode, int batch_dims) -> Tensor",
+    "lm_direction(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims) -> Tensor",
     reference=reference.lm_direction,
     fake=lambda eps, prev, coef, mode, batch_dims: empty_output(eps),
     check=checks.lm_direction,
@@ -81,14 +81,14 @@ LM = Op(
     out=True,
 )
 BACKWARD = Op(
-    "lm_direction_backward(Tensor grad, Tensor eps, Tensor prev, Tensor coef, int mode, int batch_dims)"
+    "lm_direction_backward(Tensor grad, Tensor eps, Tensor prev, Tensor coef, int variant, int batch_dims)"
     " -> (Tensor, Tensor, Tensor)",
     reference=reference.lm_direction_backward,
     fake=_fake_backward,
     check=checks.lm_direction_backward,
 )
 JVP = Op(
-    "lm_direction_jvp(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int mode,"
+    "lm_direction_jvp(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int variant,"
     " int batch_dims) -> Tensor",
     reference=reference.lm_direction_jvp,
     fake=lambda eps, *rest: empty_output(eps),
@@ -139,7 +139,7 @@ def lm_direction(
     if extrapolation is None:
         mode = KEEP_NORM if keep_norm else PLAIN
         if type(damping) is float and type(kappa) is float:
-            coef: Any = (damping, kappa)
+            coef = scalars.of_floats((damping, kappa))
         else:
             coef = _damped_coef(eps, prev, damping, kappa, keep_norm, batch_dims)
     else:
@@ -150,7 +150,7 @@ def lm_direction(
     return LM.to_out(out, eps, prev, coef, mode, batch_dims)
 
 
-def _damped_coef(eps: Any, prev: Any, damping: Any, kappa: Any, keep_norm: bool, batch_dims: int) -> Any:
+def _damped_coef(eps: Any, prev: Any, damping: Any, kappa: Any, keep_norm: bool, batch_dims: int) -> Tensor:
     if damping is None:
         if prev is not None or not keep_norm:
             raise errors.value("lm_direction", "damping", "be given (or extrapolation instead)", None)
@@ -166,7 +166,7 @@ def _damped_coef(eps: Any, prev: Any, damping: Any, kappa: Any, keep_norm: bool,
 
 def _extrapolation_coef(
     eps: Any, damping: Any, kappa: Any, extrapolation: Any, keep_norm: bool, batch_dims: int
-) -> Any:
+) -> Tensor:
     for name, given in (("damping", damping), ("kappa", kappa)):
         if given is not None:
             raise errors.value("lm_direction", "extrapolation", f"come without {name}", given)

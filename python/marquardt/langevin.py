@@ -29,24 +29,23 @@ def _fake_backward(
 
 
 def _backward(
-    call: Any, grads: Sequence[Any], needs: Any, terms: list[Tensor], coef: Any, seed: Any, batch_dims: int
+    call: Any, grads: Sequence[Any], needs: Any, terms: list[Tensor], coef: Tensor, seed: Any, batch_dims: int
 ) -> tuple[Any, ...]:
     (grad,) = grads
     if grad is None:
         return None, None, None, None
     want_terms = any(needs[0]) if isinstance(needs[0], (list, tuple)) else bool(needs[0])
-    want_coef = bool(needs[1]) and isinstance(coef, Tensor)
+    want_coef = bool(needs[1])
     d_terms, d_coef = call(BACKWARD, grad, terms, coef, seed, want_terms, want_coef, batch_dims)
     if want_coef:
         d_coef = d_coef if coef.dim() == 2 else d_coef.sum(0).to(coef.device)
     return d_terms or None, d_coef if want_coef else None, None, None
 
 
-def _jvp(call: Any, tangents: Sequence[Any], terms: list[Tensor], coef: Any, seed: Any, batch_dims: int) -> Tensor:
+def _jvp(call: Any, tangents: Sequence[Any], terms: list[Tensor], coef: Tensor, seed: Any, batch_dims: int) -> Tensor:
     terms_t, coef_t = tangents[:2]
     moved = [torch.zeros_like(t) if dt is None else dt for t, dt in zip(terms, terms_t, strict=True)]
-    only_terms = coef[..., : len(terms)] if isinstance(coef, Tensor) else coef[: len(terms)]
-    out = call(AFFINE, moved, only_terms, None, batch_dims)
+    out = call(AFFINE, moved, coef[..., : len(terms)], None, batch_dims)
     return out if coef_t is None else out + call(AFFINE, terms, coef_t, seed, batch_dims)
 
 
@@ -118,11 +117,12 @@ def affine_step(
         checks.batched("affine_step", "terms[0]", terms[0], batch_dims)
         drawn = draw_seed("affine_step", terms[0], generator, seed, batch_dims)
         values.append(noise_scale)
-    coef: Any = tuple(values)
     for v in values:
         if type(v) is not float:
             coef = _coef(terms, values, drawn is not None or noise is not None, batch_dims)
             break
+    else:
+        coef = scalars.of_floats(tuple(values))
     if out is None:
         return AFFINE(terms, coef, drawn, batch_dims)
     return AFFINE.to_out(out, terms, coef, drawn, batch_dims)
@@ -133,7 +133,7 @@ def _is_zero(scale: Scalar) -> bool:
     return not isinstance(scale, torch.Tensor) and not isinstance(scale, torch.SymFloat) and scale == 0
 
 
-def _coef(terms: list[Tensor], values: list[Scalar], noisy: bool, batch_dims: int) -> Any:
+def _coef(terms: list[Tensor], values: list[Scalar], noisy: bool, batch_dims: int) -> Tensor:
     checks.floating("affine_step", "terms[0]", terms[0])
     checks.batched("affine_step", "terms[0]", terms[0], batch_dims)
     names = [f"coefficients[{j}]" for j in range(len(values))]

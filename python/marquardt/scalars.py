@@ -1,7 +1,7 @@
 """Per-step scalars: Python numbers, 0-dim tensors or one value per sample become one `coef`.
 
-A `coef` of Python floats only stays a tuple (eager calls hand it to C++ as it is); otherwise it is a float64
-tensor, [m] on the CPU (read on the host, so it never synchronises) or [B, m] beside the data.
+A `coef` is float64: [m] on the CPU, shared by the batch and read on the host, so that it never synchronises; or
+[B, m] beside the data. As a tensor it is one graph for all values under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,41 @@ from .layout import batch_and_size
 
 Tensor = torch.Tensor
 Scalar = Union[float, int, Tensor]
-Coef = Union[tuple[float, ...], Tensor]
+
+# A sampler calls with the same few numbers over and over, and making a tensor costs more than a small kernel.
+_known: dict[tuple[float, ...], Tensor] = {}
+_MOST_KNOWN = 4096
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-def pack(op: str, names: Sequence[str], values: Sequence[Scalar], like: Tensor, batch_dims: int) -> Coef:
+def of_floats(values: tuple[float, ...]) -> Tensor:
+    """[m] on the CPU from Python floats."""
+    if _is_compiling() or _dispatch_modes():
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    found = _known.get(values)
+    return _remember(values) if found is None else found
+
+
+def _remember(values: tuple[float, ...]) -> Tensor:
+    with torch.inference_mode(False):  # it may be saved for a backward later
+        made = torch.tensor(values, dtype=torch.float64, device="cpu")
+    if type(made) is Tensor:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[values] = made
+    return made
+
+
+def pack(op: str, names: Sequence[str], values: Sequence[Scalar], like: Tensor, batch_dims: int) -> Tensor:
     """The `coef` of `values`, one column each; differentiable in every tensor among them."""
-    if all(type(v) is float for v in values):
-        return tuple(values)  # type: ignore[arg-type]
     batch = batch_and_size(like, batch_dims)[0]
     columns = [_column(op, name, v, batch, batch_dims) for name, v in zip(names, values, strict=True)]
     if not any(isinstance(c, Tensor) for c in columns):
-        return tuple(columns)  # type: ignore[return-value,arg-type]
+        return of_floats(tuple(columns))  # type: ignore[arg-type]
     shared = all(not isinstance(c, Tensor) or (c.dim() == 0 and c.device.type == "cpu") for c in columns)
-    device = torch.device("cpu") if shared else like.device
-    if torch.finfo(torch.float64) and device.type == "mps":
-        device = torch.device("cpu")
+    device = torch.device("cpu") if shared or like.device.type == "mps" else like.device
     tensors = [
         c.to(device=device, dtype=torch.float64)
         if isinstance(c, Tensor)
@@ -40,11 +60,6 @@ def pack(op: str, names: Sequence[str], values: Sequence[Scalar], like: Tensor, 
     if shared:
         return torch.stack(tensors)
     return torch.stack([t.expand(batch) for t in tensors], dim=1)
-
-
-def as_tensor(coef: Coef) -> Tensor:
-    """`coef` as the float64 tensor that tracing and the other backends take."""
-    return torch.tensor(coef, dtype=torch.float64) if isinstance(coef, tuple) else coef
 
 
 def _column(op: str, name: str, value: Scalar, batch: int, batch_dims: int) -> float | Tensor:

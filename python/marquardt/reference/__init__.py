@@ -41,7 +41,7 @@ def lm_direction(
         names, values = ("damping", "kappa"), [0.0 if v is None else v for v in (damping, kappa)]
     else:
         mode, names, values = hessian.EXTRAPOLATE, ("extrapolation",), [extrapolation]
-    coef = scalars.as_tensor(scalars.pack("lm_direction", names, values, eps, batch_dims))
+    coef = scalars.pack("lm_direction", names, values, eps, batch_dims)
     return _into(hessian.lm_direction(eps, prev, coef, mode, batch_dims), out)
 
 
@@ -65,5 +65,5 @@ def affine_step(
         drawn = draw_seed("affine_step", terms[0], generator, seed, batch_dims)
         values.append(noise_scale)
     names = [f"coefficients[{j}]" for j in range(len(values))]
-    coef = scalars.as_tensor(scalars.pack("affine_step", names, values, terms[0], batch_dims))
+    coef = scalars.pack("affine_step", names, values, terms[0], batch_dims)
     return _into(langevin.affine_step(terms, coef, drawn, batch_dims), out)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..layout import batch_and_size
+from ..layout import batch_and_size, output_strides
 from .noise import normal
 
 Tensor = torch.Tensor
@@ -35,17 +35,18 @@ def flatten(t: Tensor, batch_dims: int) -> Tensor:
 
 def store(rows: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[B, D] as a tensor of the shape of `like`, with the strides promised for outputs."""
-    from ..layout import output_strides
-
     out = rows.to(dtype or like.dtype).reshape(like.shape)
+    if torch.compiler.is_compiling():  # the compiler lays its tensors out itself
+        return out
     if out.stride() == output_strides(like):
         return out
     return torch.empty_strided(like.shape, output_strides(like), dtype=out.dtype, device=out.device).copy_(out)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ per sample, [B]: products in the compute type, the sum in float64."""
-    return (a * b).sum(-1, dtype=scalar_dtype(a.device))
+    """⟨a, b⟩ per sample, [B], in float64: squares of float32 numbers leave its range."""
+    dtype = scalar_dtype(a.device)
+    return (a.to(dtype) * b.to(dtype)).sum(-1)
 
 
 def scalars(coef: Tensor, batch: int, device: torch.device) -> Tensor:
@@ -89,10 +90,8 @@ def frame_gram(
     exact: bool,
     batch_dims: int,
 ) -> Tensor:
-    """[B, k, k] float64; `exact` takes the products in float64 too."""
+    """[B, k, k] float64. Kernels take the products in float64 only if `exact`; the definition always does."""
     rows = rows_of(streams, prologue, clamp, seed, ones, batch_dims)
-    if exact:
-        rows = rows.to(scalar_dtype(rows.device))
     return dot(rows.unsqueeze(2), rows.unsqueeze(1))
 
 

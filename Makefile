@@ -1,0 +1,78 @@
+# Two commands from a bare machine with python3, make and a C++ compiler:  make test,  make bench.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_ARGS ?=
+PIP_ARGS ?=
+FULL ?=
+
+# With the packages of the system in sight, a torch that is there is taken.
+TORCH_PINNED := torch==2.13.0
+TORCH_SPEC ?= $(if $(findstring --system-site-packages,$(VENV_ARGS)),torch>=2.11,$(TORCH_PINNED))
+TRITON_SPEC ?= $(if $(filter x86_64,$(shell uname -m)),$(if $(filter $(TORCH_PINNED),$(TORCH_SPEC)),triton==3.7.1,triton>=3.6))
+
+RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest $(if $(filter-out 0,$(FULL)),--full,-m "not full") $(PYTEST_ARGS)
+SETUP = $(PYTHON) build_tools/environment.py --venv "$(VENV)" --venv-args="$(VENV_ARGS)" --pip-args="$(PIP_ARGS)" \
+	--torch-spec "$(TORCH_SPEC)" --triton-spec "$(TRITON_SPEC)"
+SOURCES := python triton_kernels tests bench build_tools setup.py
+CLANG_FORMAT = $(firstword $(wildcard $(VENV)/bin/clang-format) clang-format)
+CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+export MARQUARDT_WERROR ?= 1
+
+.PHONY: help build test lint bench count clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\): .*## /    make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo
+	@echo "    FULL=1            test: everything (about an hour); bench: all shapes"
+	@echo "    TORCH_SPEC=...    the torch to install (default $(TORCH_PINNED))"
+	@echo "    PIP_ARGS=...      for pip, e.g. '--extra-index-url https://download.pytorch.org/whl/cpu'"
+	@echo "    VENV_ARGS=...     for venv; --system-site-packages takes the torch that is installed"
+	@echo "    PYTHON=...        the interpreter (default python3), CXX=... the compiler, MAX_JOBS=..."
+	@echo "    OPS=, DTYPE=, DEVICE=   which rows make bench measures;   PYTEST_ARGS= more for pytest"
+
+build: ## virtual environment, requirements, native library
+	@$(SETUP) --steps 3
+
+test: ## lint and tests (FULL=1: all of them)
+	@$(SETUP) --steps 6
+	@echo "[4/6] lint"
+	@$(MAKE) --no-print-directory lint-only
+	@failed=0; \
+	echo "[5/6] Triton kernels through the interpreter"; \
+	if $(RUN) -c "import triton" 2>/dev/null; \
+	then TRITON_INTERPRET=1 $(PYTEST) tests/triton || failed=1; \
+	else echo "    skipped: triton is not installed"; fi; \
+	echo "[6/6] tests"; \
+	$(PYTEST) tests --ignore=tests/triton || failed=1; \
+	exit $$failed
+
+lint: ## ruff, clang-format, mypy
+	@$(SETUP) --steps 4
+	@echo "[4/4] lint"
+	@$(MAKE) --no-print-directory lint-only
+
+.PHONY: lint-only
+lint-only:
+	$(RUN) -m ruff check $(wildcard $(SOURCES))
+	$(RUN) -m ruff format --check $(wildcard $(SOURCES))
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
+	$(RUN) -m mypy
+
+bench: ## microbenchmarks on this machine (FULL=1: all of them)
+	@$(SETUP) --steps 4
+	@echo "[4/4] benchmarks"
+	@$(RUN) -m bench $(if $(filter-out 0,$(FULL)),--full) $(if $(OPS),--ops $(OPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE))
+
+count: ## number of tests by kind
+	@$(SETUP) --steps 4
+	@echo "[4/4] tests by kind"
+	@$(RUN) tests/count_kinds.py
+
+clean: ## removes builds and caches, keeps the virtual environment
+	rm -rf build dist python/*.egg-info python/marquardt/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	rm -f "$(VENV)/stamp-package"

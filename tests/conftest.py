@@ -1,0 +1,74 @@
+"""Fixtures and hooks that every test shares: kinds and their count, poisoned outputs, suites."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+
+import harness
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in harness.KINDS:
+        config.addinivalue_line("markers", f"{name}: one kind of test of the harness")
+    config.addinivalue_line("markers", "full: slow; runs only with --full, or FULL=1 in the environment")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked full")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    op = getattr(metafunc.cls, "op", None)
+    if isinstance(op, harness.Op):
+        harness.parametrize(metafunc, op)
+    elif "target" in metafunc.fixturenames:
+        metafunc.parametrize("target", harness.targets(), ids=str)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    full = config.getoption("--full") or os.environ.get("FULL") == "1"
+    asked = "full" in (config.getoption("-m") or "")
+    for item in items:
+        if harness.INTERPRETED:
+            item.add_marker(pytest.mark.interpreter)
+        if item.get_closest_marker("full") and not (full or asked):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --full"))
+
+
+@pytest.fixture(autouse=True)
+def backend_of_target(request):
+    """A test with a target runs on its backend from end to end, backward passes included."""
+    target = getattr(request.node, "callspec", None) and request.node.callspec.params.get("target")
+    with target() if target else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """New outputs of the native kernels start as NaN, so an element that is never written shows."""
+    if not hasattr(torch.ops.marquardt, "_set_poison"):
+        yield
+        return
+    torch.ops.marquardt._set_poison(True)
+    yield
+    torch.ops.marquardt._set_poison(False)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+    """How many tests of each kind ran, and how they ended."""
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for outcome in ("passed", "failed", "skipped", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for name in harness.KINDS:
+                if name in getattr(report, "keywords", {}):
+                    counts[name][outcome] += 1
+    if counts:
+        terminalreporter.section("tests by kind")
+        for name in harness.KINDS:
+            if counts[name]:
+                line = ", ".join(f"{number} {outcome}" for outcome, number in counts[name].items())
+                terminalreporter.write_line(f"{name:12} {line}")

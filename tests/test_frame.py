@@ -1,0 +1,377 @@
+"""The frame engine itself: Gram, apply, and the scalar maps of the ops."""
+
+from __future__ import annotations
+
+import itertools
+
+import cases
+import numpy as np
+import oracle
+import pytest
+import torch
+from harness import arena, assert_within, native_only, same_bits
+from harness.compare import rows
+
+f32, f64 = torch.float32, torch.float64
+KEEP_NORM, PLAIN, EXTRAPOLATE = 0, 1, 2
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16)
+DTYPES = (f32, f64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    native_only()
+
+
+def streams(count: int, shape=(3, 5, 7), dtype=f32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = cases.gaussian(generator, shape)
+    # neighbouring vectors are nearly parallel, as outputs of neighbouring steps are
+    return [(base + 0.1 * j * cases.gaussian(generator, shape)).to(dtype) for j in range(count)]
+
+
+def gram(tensors, prologue=None, clamp=None, seed=None, ones=False, exact=False, batch_dims=1):
+    return torch.ops.marquardt._frame_gram(tensors, prologue, clamp, seed, ones, exact, batch_dims)
+
+
+def apply(tensors, C, prologue=None, clamp=None, seed=None, ones=False, batch_dims=1):
+    return torch.ops.marquardt._frame_apply(tensors, C, prologue, clamp, seed, ones, batch_dims)
+
+
+def expected_rows(tensors, prologue=None, clamp=None, seed=None, ones=False, batch_dims=1):
+    noise = None
+    if seed is not None:
+        batch = tensors[0].shape[0] if batch_dims else 1
+        noise = oracle.noise_like(tuple(tensors[0].shape), seed.numpy(), batch_dims).reshape(batch, -1)
+    L, bounds = (None if t is None else t.numpy() for t in (prologue, clamp))
+    return oracle.frame_rows([rows(t, batch_dims) for t in tensors], L, bounds, ones, noise)
+
+
+def unit(dtype: torch.dtype) -> float:
+    """One rounding of the compute type."""
+    return torch.finfo(f64 if dtype == f64 else f32).eps
+
+
+def check_gram(found, expected_vectors, dtype, steps=1.0):
+    """Each entry within a few roundings of ‖row_i‖‖row_j‖."""
+    expected = oracle.frame_gram(expected_vectors)
+    norms = np.sqrt(oracle.dot(expected_vectors, expected_vectors))
+    assert_within(found, expected, 4 * steps * unit(dtype) * norms[:, :, None] * norms[:, None, :], "gram")
+    assert same_bits(found, found.transpose(1, 2).contiguous()), "a Gram matrix is symmetric"
+
+
+def check_apply(found, expected_vectors, C, dtype, steps=1.0, store=True):
+    """Each output within a few roundings of Σ|c_i||row_i|."""
+    C = C.numpy()
+    sizes = oracle.frame_apply(np.abs(expected_vectors), np.abs(C))
+    for out, expected, size in zip(found, oracle.frame_apply(expected_vectors, C), sizes, strict=True):
+        own = torch.finfo(dtype).eps / 2 * np.abs(expected) if store else 0
+        assert_within(rows(out), expected, 4 * steps * unit(dtype) * size + own + 1e-12, "apply")
+
+
+@pytest.mark.accuracy
+class TestEngine:
+    @pytest.mark.parametrize("count", COUNTS)
+    def test_gram(self, count: int):
+        for dtype in DTYPES:
+            tensors = streams(count, dtype=dtype)
+            found = gram(tensors)
+            assert found.shape == (3, count, count) and found.dtype == f64
+            check_gram(found, expected_rows(tensors), dtype)
+
+    @pytest.mark.parametrize("count", COUNTS)
+    def test_exact_gram(self, count: int):
+        """Products in float64: what a solve needs."""
+        for dtype in DTYPES:
+            tensors = streams(count, (2, 3000), dtype)
+            check_gram(gram(tensors, exact=True), expected_rows(tensors), f64, steps=4.0)
+
+    @pytest.mark.parametrize("count", COUNTS)
+    def test_apply(self, count: int):
+        generator = torch.Generator().manual_seed(1)
+        for dtype, outputs, per_sample in itertools.product(DTYPES, (1, 2, count + 1), (False, True)):
+            tensors = streams(count, dtype=dtype)
+            C = torch.randn((*((3,) if per_sample else ()), outputs, count), dtype=f64, generator=generator)
+            found = apply(tensors, C)
+            assert len(found) == outputs
+            assert all(t.dtype == dtype and t.shape == tensors[0].shape for t in found)
+            check_apply(found, expected_rows(tensors), C, dtype, steps=count)
+
+    @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per-sample"])
+    @pytest.mark.parametrize("clamped", [False, True], ids=["free", "clamped"])
+    @pytest.mark.parametrize(("ones", "noisy"), list(itertools.product([False, True], repeat=2)), ids=str)
+    def test_prologue(self, per_sample: bool, clamped: bool, ones: bool, noisy: bool):
+        """Rows are linear in the vectors, virtual ones among them, and may be clamped one by one."""
+        generator = torch.Generator().manual_seed(2)
+        seed = torch.tensor([3, 4]) if noisy else None
+        for dtype, (inputs, k) in itertools.product((f32, f64), ((2, 2), (3, 2), (2, 4), (7, 5))):
+            tensors = streams(inputs, dtype=dtype)
+            vectors = inputs + ones + noisy
+            L = torch.randn((*((3,) if per_sample else ()), k, vectors), dtype=f64, generator=generator)
+            clamp = None
+            if clamped:
+                clamp = torch.tensor([[-0.5, 0.5], *[[-float("inf"), float("inf")]] * (k - 1)], dtype=f64)
+            expected = expected_rows(tensors, L, clamp, seed, ones)
+            # normals may be 4 ulp of float32 off
+            found_type = f32 if noisy else dtype
+            check_gram(gram(tensors, L, clamp, seed, ones), expected, found_type, steps=8.0 * vectors)
+            C = torch.randn(2, k, dtype=f64, generator=generator)
+            size = oracle.frame_apply(np.abs(expected_rows(tensors, L.abs(), None, seed, ones)), np.abs(C.numpy()))
+            for out, e, s in zip(apply(tensors, C, L, clamp, seed, ones), oracle.frame_apply(expected, C.numpy()), size, strict=True):
+                margin = 8 * vectors * unit(found_type) * (np.abs(s) + 10)
+                assert_within(rows(out), e, margin, "apply")
+
+    def test_residual_prologue_keeps_digits(self):
+        """‖p − ε‖² of nearly equal vectors: the prologue subtracts before it multiplies."""
+        generator = torch.Generator().manual_seed(3)
+        eps, prev = (t.to(f32) for t in cases.correlated(generator, (2, 4000), 0.99999999))
+        L = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=f64)
+        found = gram([eps, prev], L)[:, 1, 1]
+        exact = ((prev.double() - eps.double()) ** 2).sum(1)
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+
+    def test_most_vectors(self):
+        """18 vectors in, 17 out: the bounds of the engine."""
+        tensors = streams(16)
+        seed = torch.tensor([1, 2])
+        expected = expected_rows(tensors, seed=seed, ones=True)
+        found = gram(tensors, seed=seed, ones=True)
+        assert found.shape == (3, 18, 18)
+        check_gram(found, expected, f32, steps=4.0)
+        C = torch.randn(17, 18, dtype=f64, generator=torch.Generator().manual_seed(4))
+        check_apply(apply(tensors, C, seed=seed, ones=True), expected, C, f32, steps=40.0)
+        with pytest.raises((ValueError, RuntimeError)):
+            gram(streams(19))
+        with pytest.raises((ValueError, RuntimeError)):
+            apply(tensors, torch.ones(18, 16, dtype=f64))
+
+    @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "gaps", "reversed", "channels_last", "batch-sliced"])
+    def test_layouts(self, layout: str):
+        plain = streams(3, (3, 4, 5, 6))
+        arenas = [arena(t, layout) for t in plain]
+        tensors = [a.tensor for a in arenas]
+        check_gram(gram(tensors), expected_rows(plain), f32)
+        C = torch.tensor([[1.0, -2.0, 0.5]], dtype=f64)
+        check_apply(apply(tensors, C), expected_rows(plain), C, f32, steps=3.0)
+        mixed = [tensors[0], plain[1], tensors[2]]
+        check_gram(gram(mixed), expected_rows(plain), f32)
+
+    def test_sizes(self):
+        for size in (0, 1, 2, 15, 16, 17, 2047, 2048, 2049, 5000):
+            tensors = streams(3, (2, size))
+            check_gram(gram(tensors), expected_rows(tensors), f32)
+            C = torch.ones(2, 3, dtype=f64)
+            check_apply(apply(tensors, C), expected_rows(tensors), C, f32, steps=3.0)
+        assert gram(streams(2, (0, 5))).shape == (0, 2, 2)
+        single = streams(2, (60,))
+        found = gram(single, batch_dims=0)
+        assert found.shape == (1, 2, 2)
+        check_gram(found, expected_rows(single, batch_dims=0), f32)
+
+    @pytest.mark.determinism
+    def test_bits_do_not_depend_on_batch_and_threads(self):
+        tensors = streams(4, (5, 30001))
+        C = torch.randn(3, 4, dtype=f64, generator=torch.Generator().manual_seed(5))
+        whole, outputs = gram(tensors), apply(tensors, C)
+        for b in range(5):
+            part = [t[b : b + 1].clone() for t in tensors]
+            assert same_bits(gram(part)[0], whole[b])
+            assert all(same_bits(o[0], w[b]) for o, w in zip(apply(part, C), outputs, strict=True))
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            assert same_bits(gram(tensors), whole)
+        finally:
+            torch.set_num_threads(before)
+
+    def test_noise_in_the_frame(self):
+        """The noise row is that of affine_step: one source for all ops."""
+        tensors, seed = streams(1, (2, 500)), torch.tensor([7, 8])
+        (found,) = apply(tensors, torch.tensor([[0.0, 1.0]], dtype=f64), seed=seed)
+        expected = oracle.noise_like((2, 500), (7, 8))
+        assert_within(found, expected, 4 * np.spacing(np.abs(expected).astype(np.float32)), "noise")
+
+
+def frame_map(op: int, mode: int, gram_row, coef) -> np.ndarray:
+    made = torch.ops.marquardt._frame_map(op, mode, torch.tensor([gram_row], dtype=f64), torch.tensor([coef], dtype=f64))
+    return oracle.wide(made[0].numpy())
+
+
+def scalar_choices(mode: int):
+    if mode == EXTRAPOLATE:
+        return [(g,) for g in (0.0, 1e-8, 0.3, 1.0, -2.0, 1e4)]
+    return list(itertools.product(cases.EXTREME_DAMPINGS, cases.EXTREME_KAPPAS))
+
+
+def reference_map(mode: int, gram_row, coef) -> np.ndarray:
+    """The map of `marquardt.reference`, in float64."""
+    from marquardt.reference.hessian import lm_coefficients
+
+    n, e, R = (torch.tensor([x], dtype=f64) for x in gram_row)
+    c0, c1 = lm_coefficients(mode, n, e, R, torch.tensor([coef], dtype=f64))
+    return oracle.wide([float(c0), float(c1)])
+
+
+@pytest.mark.accuracy
+class TestMaps:
+    """The scalar maps of C++ and of the reference against longdouble, to 1e-13.
+
+    An entry is judged against the sum of the sizes of its summands: where they cancel, its own size says nothing.
+    """
+
+    GRAMS = (
+        *cases.grams(torch.Generator().manual_seed(9), 30),
+        (3072.0, -0.003, 0.006),  # correlation 0.999999
+        (262144.0, 40.0, 0.52),
+        (1e-12, 1e-13, 1e-12),
+        (1.0, -0.5, 1.0),
+        (2.0, -2.0, 4.0),
+    )
+
+    @pytest.mark.parametrize("mode", [KEEP_NORM, PLAIN, EXTRAPOLATE])
+    @pytest.mark.parametrize("which", ["native", "reference"])
+    def test_value(self, mode: int, which: str):
+        for row in self.GRAMS:
+            for coef in scalar_choices(mode):
+                expected = oracle.lm_row(mode, row, coef)
+                found = frame_map(1, mode, row, coef) if which == "native" else reference_map(mode, row, coef)
+                size = value_size(mode, row, coef) + np.abs(expected)
+                assert_within(found, expected, 1e-13 * size, f"mode {mode}, gram {row}, coef {coef}")
+
+    @pytest.mark.parametrize("mode", [KEEP_NORM, PLAIN, EXTRAPOLATE])
+    def test_degenerate(self, mode: int):
+        """Determinant 0 in exact numbers: the special cases, exactly."""
+        for row in cases.DEGENERATE_GRAMS:
+            for coef in scalar_choices(mode):
+                found = frame_map(1, mode, row, coef)
+                assert np.all(np.isfinite(found)), (row, coef)
+                n, _, R = row
+                if n == 0:  # whatever multiplies ε does not matter there
+                    assert found[1] == 0 or mode == PLAIN, (row, coef, found)
+                elif mode != PLAIN and coef[-1] == 0:
+                    assert tuple(found) == (1, 0), (row, coef, found)
+                elif mode == KEEP_NORM and coef[0] == 0:
+                    assert tuple(found) == (1, 0), (row, coef, found)
+                elif mode == PLAIN and coef[0] == 0:
+                    assert found[0] == 0 and (found[1] == 0 or R == 0), (row, coef, found)
+                else:
+                    expected = oracle.lm_row(mode, row, coef)
+                    assert_within(found, expected, 1e-13 * (value_size(mode, row, coef) + np.abs(expected)), f"{row} {coef}")
+
+    @pytest.mark.parametrize("mode", [KEEP_NORM, PLAIN, EXTRAPOLATE])
+    def test_backward(self, mode: int):
+        """d_eps and d_prev over (ε, r, g), then the gradients of the scalars."""
+        generator = torch.Generator().manual_seed(10)
+        for row in self.GRAMS:
+            ge, gr = (float(x) * row[i] ** 0.5 for i, x in zip((0, 2), torch.randn(2, generator=generator), strict=True))
+            for coef in scalar_choices(mode):
+                expected, size = backward_row(mode, row, coef, ge, gr)
+                if expected is None:
+                    continue
+                found = frame_map(2, mode, (*row, ge, gr), coef)
+                assert found.shape == expected.shape
+                assert_within(found, expected, 1e-12 * size, f"mode {mode}, gram {row}, coef {coef}")
+
+    @pytest.mark.parametrize("mode", [KEEP_NORM, PLAIN, EXTRAPOLATE])
+    def test_tangent(self, mode: int):
+        generator = torch.Generator().manual_seed(11)
+        for row in self.GRAMS:
+            n, _, R = row
+            row_t = tuple(float(x) * s for x, s in zip(torch.randn(3, generator=generator), (n, (n * R) ** 0.5, R), strict=True))
+            for coef in scalar_choices(mode):
+                coef_t = tuple(float(x) * c for x, c in zip(torch.randn(len(coef), generator=generator), coef, strict=True))
+                expected, size = tangent_row(mode, row, coef, row_t, coef_t)
+                if expected is None:
+                    continue
+                found = frame_map(3, mode, (*row, *row_t), (*coef, *coef_t))
+                assert_within(found, expected, 1e-12 * size, f"mode {mode}, gram {row}, coef {coef}")
+
+    @pytest.mark.parametrize("mode", [KEEP_NORM, PLAIN, EXTRAPOLATE])
+    def test_identity_derivatives(self, mode: int):
+        """Where the result is eps the gradient is g; where it is 0 by ε = 0 the gradient is 0."""
+        for row, coef in itertools.product(self.GRAMS[:5], scalar_choices(mode)):
+            if mode != PLAIN and coef[-1] == 0 and (mode == EXTRAPOLATE or coef[0] > 0):
+                found = frame_map(2, mode, (*row, 0.3, -0.2), coef)
+                assert tuple(found[:6]) == (0, 0, 1, 0, 0, 0), (row, coef, found)
+        for coef in scalar_choices(mode):
+            found = frame_map(2, mode, (0.0, 0.0, 5.0, 0.0, 0.7), coef)
+            assert np.all(np.isfinite(found)), (coef, found)
+            if mode != PLAIN:
+                assert np.all(found[:6] == 0), (coef, found)
+
+    def test_batch(self):
+        """Many samples at once are the samples one by one."""
+        grams = torch.tensor(self.GRAMS, dtype=f64)
+        coef = torch.tensor([[0.1, 0.3]], dtype=f64).repeat(len(self.GRAMS), 1)
+        whole = torch.ops.marquardt._frame_map(1, KEEP_NORM, grams, coef)
+        for b in range(len(self.GRAMS)):
+            assert same_bits(whole[b : b + 1], torch.ops.marquardt._frame_map(1, KEEP_NORM, grams[b : b + 1], coef[b : b + 1]))
+
+
+def value_size(mode: int, row, coef) -> np.ndarray:
+    """Sum of the sizes of the summands of (c0, c1), and what the rounding of the determinant adds."""
+    n, e, R = (oracle.wide(x) for x in row)
+    loss = (n * R + e * e) / np.maximum(n * R - e * e, oracle.LD(1e-4000))  # relative error of G in roundings
+    if mode == EXTRAPOLATE:
+        (gamma,) = (oracle.wide(c) for c in coef)
+        if n == 0:
+            return oracle.wide([0, 0])
+        c0, c1 = oracle.lm_map(mode, n, e, R, gamma)
+        scale = np.abs(c1) / np.abs(gamma) if gamma else oracle.LD(1)
+        return oracle.wide([scale * (1 + np.abs(gamma * e / n)), np.abs(c1)]) * min(loss, oracle.LD(1e6))
+    damping, kappa = (oracle.wide(c) for c in coef)
+    m = n + 2 * kappa * e + kappa * kappa * R
+    a, b = damping + np.abs(kappa) * (np.abs(kappa) * R + np.abs(e)), np.abs(kappa) * (n + np.abs(kappa * e))
+    if damping + m == 0:
+        return oracle.wide([1, 1])
+    spread = (n + 2 * np.abs(kappa * e) + kappa * kappa * R) / (damping + m) + 1
+    if mode == PLAIN:
+        return oracle.wide([a, b]) / (damping + m) * spread
+    dd = damping * damping * n + kappa * kappa * (n * R - e * e) * (2 * damping + m)
+    if dd == 0 or n == 0:
+        return oracle.wide([1, 1])
+    return oracle.wide([a, b]) * np.sqrt(n / dd) * spread * min(loss, oracle.LD(1e6))
+
+
+def _is_special(mode, row, coef) -> bool:
+    same, zero = oracle.lm_special(mode, *(oracle.wide([x]) for x in row), *(oracle.wide([c]) for c in coef))
+    return bool(same[0] or zero[0])
+
+
+def _derivatives(mode, row, coef):
+    """c0, c1 and their derivatives to (n, e, R, *coef), with the sizes that errors are judged by."""
+    variables = oracle.Dual.variables(*([x] for x in row), *([c] for c in coef))
+    c0, c1 = oracle.lm_map(mode, *variables)
+    n, _, R = (oracle.wide(x) for x in row)
+    size = value_size(mode, row, coef)
+    # a derivative to a variable of size s loses what the value loses, over s, per power of the loss
+    loss = np.max(size / np.maximum(np.abs([c0.v[0], c1.v[0]]), oracle.LD(1e-4000)))
+    scales = [n, np.sqrt(n * R), R, *(np.abs(oracle.wide(c)) for c in coef)]
+    bounds = [np.maximum(np.abs(d[:, 0]), v / np.array(scales)) for d, v in zip((c0.d, c1.d), size, strict=True)]
+    return c0, c1, bounds, min(loss, oracle.LD(1e4))
+
+
+def backward_row(mode, row, coef, ge, gr):
+    if _is_special(mode, row, coef) or coef[-1] == 0 or coef[0] == 0:
+        return None, None
+    with np.errstate(all="ignore"):
+        c0, c1, (b0, b1), loss = _derivatives(mode, row, coef)
+    F = c0.d[:, 0] * ge + c1.d[:, 0] * gr
+    S = (b0 * abs(ge) + b1 * abs(gr)) * (1 + loss)
+    v = c0.v[0], c1.v[0]
+    w = np.abs(v[0]) + np.abs(v[1])
+    expected = [2 * F[0] - F[1], F[1] - 2 * F[2], v[0] - v[1], F[1], 2 * F[2], v[1], *F[3:]]
+    size = [2 * S[0] + S[1], S[1] + 2 * S[2], w * (1 + loss), S[1], 2 * S[2], w * (1 + loss), *S[3:]]
+    return oracle.wide(expected), oracle.wide(size)
+
+
+def tangent_row(mode, row, coef, row_t, coef_t):
+    if _is_special(mode, row, coef) or coef[-1] == 0 or coef[0] == 0:
+        return None, None
+    with np.errstate(all="ignore"):
+        c0, c1, bounds, loss = _derivatives(mode, row, coef)
+    steps = oracle.wide([*row_t, *coef_t])
+    moved = [(c.d[:, 0] * steps).sum() for c in (c0, c1)]
+    sizes = [(b * np.abs(steps)).sum() * (1 + loss) for b in bounds]
+    values = value_size(mode, row, coef) * (1 + loss)
+    return oracle.wide([*moved, c0.v[0], c1.v[0]]), oracle.wide([*sizes, *values])

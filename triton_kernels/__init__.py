@@ -1,0 +1,46 @@
+"""The Triton backend: one file per idea, nothing imports Triton until a kernel is asked for.
+
+philox    the noise: Philox words and normals
+maps      the scalar maps of the ops, in float64 scalars
+rows      blocks of a sample's vectors: loads, residuals, dot products, stores
+kernels   the heavy stages with up to ten vectors in registers: Gram, apply
+generic   the same stages for any matrix: up to 18 vectors in, 17 out, prologue, clamp
+layout    which memory order a call walks, and which inputs it has to copy
+launch    block sizes, splits, and the passing of float64 scalars
+frame     the entry points
+library   `marquardt_triton::<op>`
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+
+def available() -> tuple[bool, str]:
+    """(whether Triton kernels can run in this process, why not)."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, ""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False, "no CUDA device is visible (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    return True, ""
+
+
+def register() -> None:
+    """Define `torch.ops.marquardt_triton.*`; the second call does nothing."""
+    from .library import register as define
+
+    define()
+
+
+def traced(name: str) -> Any:
+    """The operator `marquardt_triton::<name>` for a traced program; defines the operators if they are not yet."""
+    import torch
+
+    register()
+    return getattr(torch.ops.marquardt_triton, name).default

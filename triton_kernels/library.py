@@ -1,0 +1,104 @@
+"""`torch.ops.marquardt_triton.*`: the entry points as operators with fakes, for traced programs.
+
+Operators have no derivative of their own: the public functions differentiate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import layout
+
+Tensor = torch.Tensor
+NAMESPACE = "marquardt_triton"
+
+SCHEMAS = (
+    "lm_direction(Tensor eps, Tensor? prev, Tensor coef, int mode, int batch_dims) -> Tensor",
+    "lm_direction_backward(Tensor grad, Tensor eps, Tensor prev, Tensor coef, int mode, int batch_dims)"
+    " -> (Tensor, Tensor, Tensor)",
+    "lm_direction_jvp(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int mode,"
+    " int batch_dims) -> Tensor",
+    "affine_step(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims) -> Tensor",
+    "affine_step_backward(Tensor grad, Tensor[] terms, Tensor coef, Tensor? seed, bool want_terms, bool want_coef,"
+    " int batch_dims) -> (Tensor[], Tensor)",
+    "frame_gram(Tensor[] streams, Tensor? prologue, Tensor? clamp, Tensor? seed, bool ones, bool exact,"
+    " int batch_dims) -> Tensor",
+    "frame_apply(Tensor[] streams, Tensor matrix, Tensor? prologue, Tensor? clamp, Tensor? seed, bool ones,"
+    " int batch_dims) -> Tensor[]",
+    "frame_map(int op, int mode, Tensor gram, Tensor coef) -> Tensor",
+)
+
+_libraries: list[torch.library.Library] = []
+
+
+def _like(first: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A fake output in the layout that `first` asks for."""
+    return torch.empty_strided(
+        first.shape, layout.output_strides(first), dtype=dtype or first.dtype, device=first.device
+    )
+
+
+def _scalars(first: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=first.device)
+
+
+def _batch(first: Tensor, batch_dims: int) -> int:
+    return first.shape[0] if batch_dims else 1
+
+
+def _fake_affine_backward(
+    grad: Tensor,
+    terms: Any,
+    coef: Tensor,
+    seed: Tensor | None,
+    want_terms: bool,
+    want_coef: bool,
+    batch_dims: int,
+) -> tuple[list[Tensor], Tensor]:
+    d_terms = [_like(terms[0], t.dtype) for t in terms] if want_terms else []
+    if not want_coef:
+        return d_terms, _scalars(grad, 0)
+    return d_terms, _scalars(grad, _batch(terms[0], batch_dims), len(terms) + (seed is not None))
+
+
+def _fake_gram(
+    streams: Any, prologue: Tensor | None, clamp: Tensor | None, seed: Tensor | None, ones: bool, exact: bool,
+    batch_dims: int,
+) -> Tensor:  # fmt: skip
+    k = len(streams) + int(ones) + (seed is not None) if prologue is None else prologue.shape[-2]
+    return _scalars(streams[0], _batch(streams[0], batch_dims), k, k)
+
+
+FAKES = {
+    "lm_direction": lambda eps, prev, coef, mode, batch_dims: _like(eps),
+    "lm_direction_backward": lambda grad, eps, prev, coef, mode, batch_dims: (
+        _like(eps),
+        _like(eps, prev.dtype),
+        _scalars(eps, _batch(eps, batch_dims), coef.shape[-1]),
+    ),
+    "lm_direction_jvp": lambda eps, *rest: _like(eps),
+    "affine_step": lambda terms, coef, seed, batch_dims: _like(terms[0]),
+    "affine_step_backward": _fake_affine_backward,
+    "frame_gram": _fake_gram,
+    "frame_apply": lambda streams, matrix, *rest: [_like(streams[0]) for _ in range(matrix.shape[-2])],
+    "frame_map": lambda op, mode, gram, coef: gram.new_empty(
+        (gram.shape[0], {1: 2, 2: 6 + coef.shape[1], 3: 4}[op])
+    ),
+}
+
+
+def register() -> None:
+    """Define the operators once per process."""
+    if _libraries:
+        return
+    from . import frame
+
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _libraries.append(library)
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        library.define(schema)
+        library.impl(name, getattr(frame, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES[name], lib=library)
