@@ -117,7 +117,12 @@ AFFINE = (
     Case("zero-coefficient", terms(3), _coefficients(1.0, 0.0, 0.5)),
     Case("noise", terms(2), _coefficients(0.8, 0.5, noise=0.6), {"seed": torch.tensor([1234, 1234 - 1000])}),
     Case("noise-only", terms(1), _coefficients(0.0, noise=1.0), {"seed": torch.tensor([99, 99 - 1000])}),
-    Case("eight-noise", terms(8), _coefficients(*(0.1 * (j + 1) for j in range(8)), noise=-0.3), {"seed": torch.tensor([7, 7 - 1000])}),
+    Case(
+        "eight-noise",
+        terms(8),
+        _coefficients(*(0.1 * (j + 1) for j in range(8)), noise=-0.3),
+        {"seed": torch.tensor([7, 7 - 1000])},
+    ),
 )
 
 

@@ -6,9 +6,10 @@ import collections
 import contextlib
 import os
 
-import harness
 import pytest
 import torch
+
+import harness
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -40,7 +40,9 @@ class Dual:
         return [Dual(v, np.repeat(unit[i][:, None], len(wide(v)), axis=1)) for i, v in enumerate(values)]
 
     def _other(self, o) -> Dual:
-        return o if isinstance(o, Dual) else Dual(np.broadcast_to(wide(o), self.v.shape), np.zeros_like(self.d))
+        return (
+            o if isinstance(o, Dual) else Dual(np.broadcast_to(wide(o), self.v.shape), np.zeros_like(self.d))
+        )
 
     def __add__(self, o):
         o = self._other(o)
@@ -134,7 +136,10 @@ def lm_rounding(eps, prev, mode: int, coef, unit: float) -> np.ndarray:
     scale = gram[0], np.sqrt(gram[0] * gram[2]), gram[2]
     with np.errstate(all="ignore"):
         c0, c1 = lm_map(mode, *Dual.variables(*gram, *coef))
-    moves = [np.abs(a[:, None] * eps + b[:, None] * r) * s[:, None] for a, b, s in zip(c0.d, c1.d, scale, strict=False)]
+    moves = [
+        np.abs(a[:, None] * eps + b[:, None] * r) * s[:, None]
+        for a, b, s in zip(c0.d, c1.d, scale, strict=False)
+    ]
     return np.nan_to_num(unit * sum(moves))
 
 

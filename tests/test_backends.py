@@ -8,15 +8,17 @@ import subprocess
 import sys
 import warnings
 
-import marquardt as mq
 import pytest
 import torch
+
+import marquardt as mq
 from harness import INTERPRETED, same_bits
 
 pytestmark = [
     pytest.mark.errors,
     pytest.mark.skipif(
-        INTERPRETED or os.environ.get("MARQUARDT_BACKEND", "auto") != "auto", reason="these tests choose the backend"
+        INTERPRETED or os.environ.get("MARQUARDT_BACKEND", "auto") != "auto",
+        reason="these tests choose the backend",
     ),
 ]
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -34,7 +36,9 @@ def direction(pair, **keywords):
 
 def python(program: str, **environment) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 def backend_of(pair) -> str | None:
@@ -69,6 +73,20 @@ class TestUseBackend:
         with mq.use_backend("reference"):
             direction(pair)
         assert calls
+
+    def test_forced_cpu_is_auto(self, pair):
+        """Forcing the backend that auto takes changes no bit, with out= and gradients too."""
+        results = []
+        for name in ("auto", "cpu"):
+            with mq.use_backend(name):
+                out, leaf = torch.empty_like(pair[0]), pair[0].clone().requires_grad_()
+                direction(pair, out=out)
+                found = torch.autograd.grad(
+                    mq.lm_direction(leaf, pair[1], damping=0.1, kappa=0.3).sum(), leaf
+                )
+                results.append((direction(pair), out, *found, mq.affine_step(pair, [0.5, 2.0])))
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+        assert same_bits(results[0][0], results[0][1])
 
     def test_backends_agree(self, pair):
         with mq.use_backend("reference"):
@@ -193,7 +211,11 @@ class TestReport:
     def test_environment_report(self):
         """`python -m marquardt.env` prints what a bug report needs."""
         run = subprocess.run(
-            [sys.executable, "-m", "marquardt.env"], env=dict(os.environ), capture_output=True, text=True, timeout=120
+            [sys.executable, "-m", "marquardt.env"],
+            env=dict(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert run.returncode == 0, run.stderr
         for word in ("marquardt", "torch", torch.__version__, "python", "cpu", "cuda", "triton", "reference"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-import cases
 import numpy as np
-import oracle
 import pytest
 import torch
+
+import cases
+import oracle
 from harness import arena, assert_within, native_only, same_bits
 from harness.compare import rows
 
@@ -116,8 +117,15 @@ class TestEngine:
             found_type = f32 if noisy else dtype
             check_gram(gram(tensors, L, clamp, seed, ones), expected, found_type, steps=8.0 * vectors)
             C = torch.randn(2, k, dtype=f64, generator=generator)
-            size = oracle.frame_apply(np.abs(expected_rows(tensors, L.abs(), None, seed, ones)), np.abs(C.numpy()))
-            for out, e, s in zip(apply(tensors, C, L, clamp, seed, ones), oracle.frame_apply(expected, C.numpy()), size, strict=True):
+            size = oracle.frame_apply(
+                np.abs(expected_rows(tensors, L.abs(), None, seed, ones)), np.abs(C.numpy())
+            )
+            for out, e, s in zip(
+                apply(tensors, C, L, clamp, seed, ones),
+                oracle.frame_apply(expected, C.numpy()),
+                size,
+                strict=True,
+            ):
                 margin = 8 * vectors * unit(found_type) * (np.abs(s) + 10)
                 assert_within(rows(out), e, margin, "apply")
 
@@ -145,7 +153,9 @@ class TestEngine:
         with pytest.raises((ValueError, RuntimeError)):
             apply(tensors, torch.ones(18, 16, dtype=f64))
 
-    @pytest.mark.parametrize("layout", ["contiguous", "misaligned", "gaps", "reversed", "channels_last", "batch-sliced"])
+    @pytest.mark.parametrize(
+        "layout", ["contiguous", "misaligned", "gaps", "reversed", "channels_last", "batch-sliced"]
+    )
     def test_layouts(self, layout: str):
         plain = streams(3, (3, 4, 5, 6))
         arenas = [arena(t, layout) for t in plain]
@@ -193,7 +203,9 @@ class TestEngine:
 
 
 def frame_map(op: int, mode: int, gram_row, coef) -> np.ndarray:
-    made = torch.ops.marquardt._frame_map(op, mode, torch.tensor([gram_row], dtype=f64), torch.tensor([coef], dtype=f64))
+    made = torch.ops.marquardt._frame_map(
+        op, mode, torch.tensor([gram_row], dtype=f64), torch.tensor([coef], dtype=f64)
+    )
     return oracle.wide(made[0].numpy())
 
 
@@ -256,14 +268,22 @@ class TestMaps:
                     assert found[0] == 0 and (found[1] == 0 or R == 0), (row, coef, found)
                 else:
                     expected = oracle.lm_row(mode, row, coef)
-                    assert_within(found, expected, 1e-13 * (value_size(mode, row, coef) + np.abs(expected)), f"{row} {coef}")
+                    assert_within(
+                        found,
+                        expected,
+                        1e-13 * (value_size(mode, row, coef) + np.abs(expected)),
+                        f"{row} {coef}",
+                    )
 
     @pytest.mark.parametrize("mode", [KEEP_NORM, PLAIN, EXTRAPOLATE])
     def test_backward(self, mode: int):
         """d_eps and d_prev over (ε, r, g), then the gradients of the scalars."""
         generator = torch.Generator().manual_seed(10)
         for row in self.GRAMS:
-            ge, gr = (float(x) * row[i] ** 0.5 for i, x in zip((0, 2), torch.randn(2, generator=generator), strict=True))
+            ge, gr = (
+                float(x) * row[i] ** 0.5
+                for i, x in zip((0, 2), torch.randn(2, generator=generator), strict=True)
+            )
             for coef in scalar_choices(mode):
                 expected, size = backward_row(mode, row, coef, ge, gr)
                 if expected is None:
@@ -277,9 +297,15 @@ class TestMaps:
         generator = torch.Generator().manual_seed(11)
         for row in self.GRAMS:
             n, _, R = row
-            row_t = tuple(float(x) * s for x, s in zip(torch.randn(3, generator=generator), (n, (n * R) ** 0.5, R), strict=True))
+            row_t = tuple(
+                float(x) * s
+                for x, s in zip(torch.randn(3, generator=generator), (n, (n * R) ** 0.5, R), strict=True)
+            )
             for coef in scalar_choices(mode):
-                coef_t = tuple(float(x) * c for x, c in zip(torch.randn(len(coef), generator=generator), coef, strict=True))
+                coef_t = tuple(
+                    float(x) * c
+                    for x, c in zip(torch.randn(len(coef), generator=generator), coef, strict=True)
+                )
                 expected, size = tangent_row(mode, row, coef, row_t, coef_t)
                 if expected is None:
                     continue
@@ -305,13 +331,18 @@ class TestMaps:
         coef = torch.tensor([[0.1, 0.3]], dtype=f64).repeat(len(self.GRAMS), 1)
         whole = torch.ops.marquardt._frame_map(1, KEEP_NORM, grams, coef)
         for b in range(len(self.GRAMS)):
-            assert same_bits(whole[b : b + 1], torch.ops.marquardt._frame_map(1, KEEP_NORM, grams[b : b + 1], coef[b : b + 1]))
+            assert same_bits(
+                whole[b : b + 1],
+                torch.ops.marquardt._frame_map(1, KEEP_NORM, grams[b : b + 1], coef[b : b + 1]),
+            )
 
 
 def value_size(mode: int, row, coef) -> np.ndarray:
     """Sum of the sizes of the summands of (c0, c1), and what the rounding of the determinant adds."""
     n, e, R = (oracle.wide(x) for x in row)
-    loss = (n * R + e * e) / np.maximum(n * R - e * e, oracle.LD(1e-4000))  # relative error of G in roundings
+    loss = (n * R + e * e) / np.maximum(
+        n * R - e * e, oracle.LD("1e-4000")
+    )  # relative error of G in roundings
     if mode == EXTRAPOLATE:
         (gamma,) = (oracle.wide(c) for c in coef)
         if n == 0:
@@ -345,9 +376,11 @@ def _derivatives(mode, row, coef):
     n, _, R = (oracle.wide(x) for x in row)
     size = value_size(mode, row, coef)
     # a derivative to a variable of size s loses what the value loses, over s, per power of the loss
-    loss = np.max(size / np.maximum(np.abs([c0.v[0], c1.v[0]]), oracle.LD(1e-4000)))
+    loss = np.max(size / np.maximum(np.abs([c0.v[0], c1.v[0]]), oracle.LD("1e-4000")))
     scales = [n, np.sqrt(n * R), R, *(np.abs(oracle.wide(c)) for c in coef)]
-    bounds = [np.maximum(np.abs(d[:, 0]), v / np.array(scales)) for d, v in zip((c0.d, c1.d), size, strict=True)]
+    bounds = [
+        np.maximum(np.abs(d[:, 0]), v / np.array(scales)) for d, v in zip((c0.d, c1.d), size, strict=True)
+    ]
     return c0, c1, bounds, min(loss, oracle.LD(1e4))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import cases
-import marquardt as mq
 import numpy as np
-import oracle
 import pytest
 import torch
+
+import cases
+import marquardt as mq
+import oracle
 from harness import Case, Op, Suite, Target, assert_within, same_bits
 from harness.declare import Refusal
 
@@ -76,9 +77,15 @@ def samples():
         made.append(("lm_direction", (*tensors((2, 3, 5), 2, *pair), shared, KEEP_NORM, 1)))
     eps, prev = tensors((2, 3, 4, 5), 2)
     made += [
-        ("lm_direction", (eps.requires_grad_(), prev.requires_grad_(), shared.clone().requires_grad_(), KEEP_NORM, 1)),
+        (
+            "lm_direction",
+            (eps.requires_grad_(), prev.requires_grad_(), shared.clone().requires_grad_(), KEEP_NORM, 1),
+        ),
         ("lm_direction", (*tensors((2, 6), 2), per_sample.clone().requires_grad_(), PLAIN, 1)),
-        ("lm_direction", (eps.detach().transpose(1, 2), prev.detach()[..., :], single, EXTRAPOLATE, 1)),
+        (
+            "lm_direction",
+            (eps.detach().transpose(1, 2), prev.detach().transpose(1, 2), single, EXTRAPOLATE, 1),
+        ),
         ("lm_direction", (eps.detach()[..., ::2], prev.detach()[..., ::2], shared, KEEP_NORM, 1)),
         ("lm_direction", (tensors((2, 3), 1)[0], None, shared, KEEP_NORM, 1)),
         ("lm_direction", (*tensors((0, 3), 2), shared, KEEP_NORM, 1)),
@@ -175,8 +182,14 @@ class TestOracle:
 
     def test_tangent_is_the_transpose(self):
         eps, prev = (t.numpy() for t in make((2, 40), 0.5, f64))
-        grad, eps_t, prev_t = (t.numpy() for t in (*make((2, 40), 0.1, f64, 2), *make((2, 40), 0.1, f64, 3)[:1]))
-        for mode, coef, coef_t in ((0, [1.0, 0.4], [0.3, -2.0]), (1, [1.0, 0.4], [0.3, -2.0]), (2, [0.6], [1.5])):
+        grad, eps_t, prev_t = (
+            t.numpy() for t in (*make((2, 40), 0.1, f64, 2), *make((2, 40), 0.1, f64, 3)[:1])
+        )
+        for mode, coef, coef_t in (
+            (0, [1.0, 0.4], [0.3, -2.0]),
+            (1, [1.0, 0.4], [0.3, -2.0]),
+            (2, [0.6], [1.5]),
+        ):
             tangent = oracle.lm_direction_jvp(eps, prev, mode, coef, eps_t, prev_t, coef_t)
             d_eps, d_prev, d_coef, _ = oracle.lm_direction_vjp(eps, prev, mode, coef, grad)
             back = (d_eps * eps_t).sum() + (d_prev * prev_t).sum()
@@ -196,7 +209,11 @@ class TestSpecialValues:
         eps, prev = make(device=target.device)
         for poison in (float("nan"), float("inf")):
             bad = torch.full_like(prev, poison)
-            for scalars in ({"damping": 1.0, "kappa": 0.0}, {"damping": 0.0, "kappa": 0.0}, {"extrapolation": 0.0}):
+            for scalars in (
+                {"damping": 1.0, "kappa": 0.0},
+                {"damping": 0.0, "kappa": 0.0},
+                {"extrapolation": 0.0},
+            ):
                 assert same_bits(self.call(target, eps, bad, **scalars), eps)
             plain = self.call(target, eps, bad, damping=2.0, kappa=0.0, keep_norm=False)
             assert same_bits(plain, self.call(target, eps, damping=2.0, kappa=0.0, keep_norm=False))
@@ -237,7 +254,9 @@ class TestSpecialValues:
             zero = torch.zeros((), dtype=f64, requires_grad=True)
             leaf = eps.clone().requires_grad_()
             out = self.call(target, leaf, prev, **{name: zero}, **other)
-            g = torch.randn(out.shape, dtype=f64, generator=torch.Generator().manual_seed(3)).to(target.device)
+            g = torch.randn(out.shape, dtype=f64, generator=torch.Generator().manual_seed(3)).to(
+                target.device
+            )
             d_eps, d_zero = torch.autograd.grad(out, (leaf, zero), g)
             rows = [t.cpu().numpy().reshape(3, -1) for t in (eps, prev, g)]
             coef = [2.0, 0.0] if mode != EXTRAPOLATE else [0.0]
@@ -256,7 +275,9 @@ class TestSpecialValues:
             eps, prev = make(device=target.device)
             eps[1] = 0
             scalars = {
-                k: torch.tensor(v, dtype=f64, requires_grad=True) for k, v in options.items() if k != "keep_norm"
+                k: torch.tensor(v, dtype=f64, requires_grad=True)
+                for k, v in options.items()
+                if k != "keep_norm"
             }
             leaves = [t.clone().requires_grad_() for t in (eps, prev)]
             out = self.call(target, *leaves, **{**options, **scalars})

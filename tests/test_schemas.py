@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pathlib
 
-import marquardt  # noqa: F401 (registers the operators)
 import pytest
 import torch
+
+import marquardt  # noqa: F401 (registers the operators)
 
 SNAPSHOT = pathlib.Path(__file__).with_name("schemas.txt")
 
@@ -27,7 +28,9 @@ def test_snapshot():
     from harness import native_only
 
     native_only()
-    assert public_schemas() == SNAPSHOT.read_text().splitlines(), "a public schema changed: see the head of this file"
+    assert public_schemas() == SNAPSHOT.read_text().splitlines(), (
+        "a public schema changed: see the head of this file"
+    )
 
 
 @pytest.mark.opcheck

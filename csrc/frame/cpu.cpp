@@ -1,4 +1,6 @@
 // The frame engine on the CPU: which thread walks which chunk of which sample, and in what order sums are merged.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <memory>
 #include <type_traits>
@@ -34,11 +36,18 @@ const char* frame_cpu_isa() {
 namespace {
 
 // Below this many bytes of traffic a second thread costs more than it brings (measured: CONTRIBUTING.md).
-constexpr int64_t kSerialBytes = 96 << 10;
-// From this many bytes of output on, stores go past the caches.
-constexpr int64_t kStreamingBytes = 8 << 20;
-// Samples of a split batch go through their two sweeps together while they fit the cores' own caches.
-constexpr int64_t kCacheBytesPerThread = 512 << 10;
+constexpr int64_t kSerialBytes = 256 << 10;
+// The cache that a core has to itself.
+int64_t core_cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) return found;
+#endif
+    return int64_t{1} << 20;
+  }();
+  return bytes;
+}
 
 // Samples this small take their products in double at once: it costs nothing there.
 constexpr int64_t kExactSize = 256;
@@ -90,8 +99,8 @@ class FrameRunner {
     for (int i = 0; i < call.outputs; ++i) writes_in_place_ = writes_in_place_ && call.output[i].dtype == compute();
     int64_t bytes = 0;
     for (int i = 0; i < call.outputs; ++i) bytes += call.batch * call.size * size_of(call.output[i].dtype);
-    streaming_ = bytes >= kStreamingBytes;
-    for (int j = 0; j < call.streams; ++j) bytes += call.batch * call.size * size_of(call.stream[j].dtype);
+    bytes += call.batch * sample_bytes();
+    streaming_ = bytes > thread_count() * core_cache_bytes();
     threads_ = bytes < kSerialBytes ? 1 : thread_count();
     exact_ = call.exact || call.size <= kExactSize;
   }
@@ -102,7 +111,7 @@ class FrameRunner {
     if (!any_gram()) return run_without_gram();
     if (threads_ == 1 || call_.batch >= 4 * threads_ || (call_.batch >= threads_ && call_.batch % threads_ == 0)) {
       parallel_for(call_.batch, threads_ > 1, [this](int64_t begin, int64_t end) {
-        Scratch<T> scratch(scratch_buffers());
+        const Scratch<T> scratch(scratch_buffers());
         for (int64_t b = begin; b < end; ++b) run_sample(b, scratch);
         end_of_stores();
       });
@@ -132,6 +141,12 @@ class FrameRunner {
            (writes_in_place_ ? 0 : call_.outputs);
   }
   void end_of_stores() const { __atomic_thread_fence(__ATOMIC_SEQ_CST); }  // streamed stores are weakly ordered
+
+  int64_t sample_bytes() const {
+    int64_t bytes = 0;
+    for (int j = 0; j < call_.streams; ++j) bytes += call_.size * size_of(call_.stream[j].dtype);
+    return bytes;
+  }
 
   bool any_gram() const {
     if (call_.gram != GramKind::none && call_.op != FrameOp::lm_direction) return true;
@@ -310,9 +325,7 @@ class FrameRunner {
   // in the order of the chunks, so the result does not depend on the number of threads.
   void run_split() const {
     const int64_t chunks = chunks_of(call_.size);
-    int64_t bytes = 0;
-    for (int j = 0; j < call_.streams; ++j) bytes += call_.size * size_of(call_.stream[j].dtype);
-    int64_t group = threads_ * kCacheBytesPerThread / (bytes > 0 ? bytes : 1);
+    int64_t group = threads_ * core_cache_bytes() / 2 / sample_bytes();
     group = group < 1 ? 1 : group > call_.batch ? call_.batch : group;
     const int entries = gram_entries(call_);
     const size_t per_chunk = static_cast<size_t>(entries) * kLanes;

@@ -10,11 +10,13 @@ Tensor = torch.Tensor
 def is_dense(t: Tensor) -> bool:
     """Whether `t` covers one block of memory once, in any order of its dimensions."""
     expected = 1
-    dims = [d for d in range(t.dim()) if t.shape[d] != 1]
-    for d in sorted(dims, key=lambda d: t.stride(d)):
-        if t.stride(d) != expected:
+    remaining = [d for d in range(t.dim()) if t.shape[d] != 1]
+    while remaining:
+        following = [d for d in remaining if t.stride(d) == expected]
+        if not following:
             return False
-        expected *= t.shape[d]
+        expected = expected * t.shape[following[0]]
+        remaining.remove(following[0])
     return True
 
 

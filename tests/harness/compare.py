@@ -14,7 +14,9 @@ LD = np.longdouble
 
 def wide(t) -> np.ndarray:
     """A tensor's values, exactly."""
-    return t.detach().to("cpu", torch.float64).numpy().astype(LD) if isinstance(t, Tensor) else np.asarray(t, LD)
+    return (
+        t.detach().to("cpu", torch.float64).numpy().astype(LD) if isinstance(t, Tensor) else np.asarray(t, LD)
+    )
 
 
 def rows(t, batch_dims: int = 1) -> np.ndarray:
@@ -35,7 +37,7 @@ def assert_within(actual, expected, allowed, what: str = "") -> None:
     error = np.abs(wide(actual) - wide(expected))
     good = error <= allowed
     if not np.all(good):
-        excess = np.where(np.isnan(error), np.inf, error / np.maximum(allowed, LD(1e-4900)))
+        excess = np.where(np.isnan(error), np.inf, error / np.maximum(allowed, LD("1e-4900")))
         worst = np.unravel_index(np.argmax(excess), excess.shape)
         raise AssertionError(
             f"{what}: {np.sum(~good)} of {good.size} elements are off; worst at {tuple(map(int, worst))}: "
@@ -48,7 +50,7 @@ def norm_error(actual, expected: np.ndarray, batch_dims: int = 1) -> np.ndarray:
     """‖actual − expected‖ / ‖expected‖ of each sample; 0 where both are 0."""
     a, e = rows(actual, batch_dims), rows(expected, batch_dims)
     gap, size = (np.sqrt((x * x).sum(-1)) for x in (a - e, e))
-    return np.where((gap == 0) & (size == 0), 0, gap / np.where(size == 0, LD(1e-4900), size))
+    return np.where((gap == 0) & (size == 0), 0, gap / np.where(size == 0, LD("1e-4900"), size))
 
 
 def relative_error(actual, expected: np.ndarray, batch_dims: int = 1) -> float:
@@ -65,7 +67,16 @@ def norm_bound(dtype: torch.dtype, stated: float) -> float:
     return stated + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
 
 
-def check(actual: Tensor, expected, reference: Tensor, stated: float | None, batch_dims: int = 1, what="", slack=0.0, usual=0.0) -> None:
+def check(
+    actual: Tensor,
+    expected,
+    reference: Tensor,
+    stated: float | None,
+    batch_dims: int = 1,
+    what="",
+    slack=0.0,
+    usual=0.0,
+) -> None:
     """Element by element against twice the reference's largest error in the sample, and norm-wise per sample.
 
     `stated` is the norm-wise bound in float32, None where none is stated; `slack` [B, D] comes on top of both.
@@ -80,10 +91,16 @@ def check(actual: Tensor, expected, reference: Tensor, stated: float | None, bat
     if stated is None:
         return
     gap, size, more = (np.sqrt((x * x).sum(-1)) for x in (a - e, e, np.broadcast_to(LD(1) * slack, e.shape)))
-    below = np.sqrt(LD(a.shape[1])) * LD(torch.finfo(actual.dtype).smallest_normal) * LD(torch.finfo(actual.dtype).eps)
+    below = (
+        np.sqrt(LD(a.shape[1]))
+        * LD(torch.finfo(actual.dtype).smallest_normal)
+        * LD(torch.finfo(actual.dtype).eps)
+    )
     bound = norm_bound(actual.dtype, stated)
     if not np.all(gap <= bound * size + below + more):  # `below`: what rounding to subnormal numbers may cost
-        raise AssertionError(f"{what}: norm-wise error {norm_error(actual, expected, batch_dims).max():.3g} above {bound:.3g}")
+        raise AssertionError(
+            f"{what}: norm-wise error {norm_error(actual, expected, batch_dims).max():.3g} above {bound:.3g}"
+        )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -22,7 +22,11 @@ class Dtypes:
 
     def _two(self) -> Case:
         """A case with at least two tensors."""
-        return next(c for c in self.op.cases if len([t for t in c.tensors(torch.Generator(), (1, 1)) if t is not None]) > 1)
+        return next(
+            c
+            for c in self.op.cases
+            if len([t for t in c.tensors(torch.Generator(), (1, 1)) if t is not None]) > 1
+        )
 
     def test_result_and_gradients(self, target: Target, case: Case, pair):
         """The result has the state's dtype, every gradient that of its argument."""
@@ -57,7 +61,9 @@ class Dtypes:
             trained = self.op.run(target, case, leaves, {**case.scalars, **numbers})
         assert same_bits(inside, outside) and same_bits(trained.detach(), outside)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32], ids=str)
+    @pytest.mark.parametrize(
+        "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32], ids=str
+    )
     def test_scalars_of_any_dtype(self, target: Target, dtype):
         """0-dim and [B] scalars of other dtypes are read as float64."""
         op, case = self.op, self.op.main
@@ -72,7 +78,9 @@ class Dtypes:
         """A float32 scalar that requires grad gets a float32 gradient."""
         op, case = self.op, self.op.main
         tensors = op.inputs(case, SHAPE, device=target.device)
-        numbers = {k: torch.tensor(v, dtype=torch.float32, requires_grad=True) for k, v in case.scalars.items()}
+        numbers = {
+            k: torch.tensor(v, dtype=torch.float32, requires_grad=True) for k, v in case.scalars.items()
+        }
         op.run(target, case, tensors, numbers).sum().backward()
         for name, number in numbers.items():
             assert number.grad is not None and number.grad.dtype == torch.float32, name

@@ -21,7 +21,9 @@ class Errors:
 
     def _case(self) -> Case:
         """A case with two tensors or more."""
-        return next(c for c in self.op.cases if len(c.tensors(torch.Generator(), (1, 1))) > 1 and not c.keywords)
+        return next(
+            c for c in self.op.cases if len(c.tensors(torch.Generator(), (1, 1))) > 1 and not c.keywords
+        )
 
     def _refused(self, target: Target, error, words, tensors, scalars=None, case=None, out="new", **keywords):
         op, case = self.op, case or self._case()
@@ -63,7 +65,9 @@ class Errors:
             self._refused(target, TypeError, (self.op.argument(j), type(thing).__name__), tensors, out=None)
 
     @pytest.mark.parametrize("j", [0, 1])
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
+    @pytest.mark.parametrize(
+        "dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str
+    )
     def test_kind_of_number(self, target: Target, j: int, dtype):
         tensors = self._good(target)
         tensors[j] = torch.ones(SHAPE, device=target.device).to(dtype)
@@ -122,7 +126,9 @@ class Errors:
 
     @pytest.mark.parametrize("batch_dims", [2, -1, 7])
     def test_batch_dims(self, target: Target, batch_dims: int):
-        self._refused(target, ValueError, ("batch_dims", str(batch_dims)), self._good(target), batch_dims=batch_dims)
+        self._refused(
+            target, ValueError, ("batch_dims", str(batch_dims)), self._good(target), batch_dims=batch_dims
+        )
 
     def test_no_batch_dimension(self, target: Target):
         tensors = [torch.tensor(1.0, device=target.device) for _ in self._good(target)]
@@ -151,7 +157,9 @@ class Errors:
                 tensors = self._good(target)
                 tensors[j] = buffer[:numel].view(SHAPE)
                 words = ("out", "overlap")
-                self._refused(target, ValueError, words, tensors, out=buffer[shift : shift + numel].view(SHAPE))
+                self._refused(
+                    target, ValueError, words, tensors, out=buffer[shift : shift + numel].view(SHAPE)
+                )
             square = torch.randn(4, 6, 6, device=target.device)
             tensors = [torch.randn_like(square) for _ in tensors]
             tensors[j] = square

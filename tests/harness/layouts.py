@@ -28,7 +28,7 @@ LAYOUTS = {
     "contiguous": lambda rank: (_order(rank), {}, {}, 0),
     "misaligned": lambda rank: (_order(rank), {}, {}, 1),
     "gaps": lambda rank: (_order(rank), {rank - 1: 2}, {}, 0),
-    "cropped": lambda rank: (_order(rank), {}, {d: 1 for d in range(1, rank)}, 3),
+    "cropped": lambda rank: (_order(rank), {}, dict.fromkeys(range(1, rank), 1), 3),
     "transposed": lambda rank: ([*range(rank - 2), rank - 1, rank - 2][-rank:], {}, {}, 0),
     "reversed": lambda rank: (_order(rank)[::-1], {}, {}, 0),
     "channels_last": lambda rank: (_channels_last(rank), {}, {}, 0),
@@ -77,7 +77,9 @@ def arena(values: Tensor, layout: str = "contiguous", fill: float = float("nan")
     for d in reversed(order):
         strides[d] = extent * step.get(d, 1)
         extent = strides[d] * (values.shape[d] + pad.get(d, 0))
-    buffer = torch.full((2 * _GUARD + max(extent, 1) + offset,), fill, dtype=values.dtype, device=values.device)
+    buffer = torch.full(
+        (2 * _GUARD + max(extent, 1) + offset,), fill, dtype=values.dtype, device=values.device
+    )
     tensor = buffer.as_strided(values.shape, strides, _GUARD + offset)
     tensor.copy_(values)
     return Arena(tensor, buffer, fill)
@@ -86,7 +88,9 @@ def arena(values: Tensor, layout: str = "contiguous", fill: float = float("nan")
 def promised_strides(t: Tensor) -> tuple[int, ...]:
     """Strides of an output like `t`: its own if it is dense and does not overlap itself, else contiguous ones."""
     expected = 1
-    for size, stride in sorted(((n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n != 1), key=lambda x: x[1]):
+    for size, stride in sorted(
+        ((n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n != 1), key=lambda x: x[1]
+    ):
         if stride != expected:
             return torch.empty(t.shape, device="meta").stride()
         expected *= size
@@ -95,4 +99,6 @@ def promised_strides(t: Tensor) -> tuple[int, ...]:
 
 def same_strides(a: Tensor, strides: Sequence[int]) -> bool:
     """Strides of dimensions of size 1 mean nothing."""
-    return all(n == 1 or x == y for n, x, y in zip(a.shape, a.stride(), strides, strict=True)) or a.numel() == 0
+    return (
+        all(n == 1 or x == y for n, x, y in zip(a.shape, a.stride(), strides, strict=True)) or a.numel() == 0
+    )

@@ -92,7 +92,9 @@ class Transforms:
         }[which]
         stacked, dims = list(point), [None] * len(point)
         for i in mapped:
-            stacked[i] = torch.stack([point[i] * (1 + 0.1 * s) for s in range(STACK)], dim=-1 if i == 0 else 0)
+            stacked[i] = torch.stack(
+                [point[i] * (1 + 0.1 * s) for s in range(STACK)], dim=-1 if i == 0 else 0
+            )
             dims[i] = point[0].dim() if i == 0 else 0  # the first tensor carries the new dimension last
         found = func.vmap(function, in_dims=tuple(dims))(*stacked)
         for s in range(STACK):

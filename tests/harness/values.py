@@ -42,7 +42,9 @@ def gradients(out, leaves, numbers, grad):
 def tangent_of(run, case: Case, tensors, tensors_t, scalars_t):
     """Forward mode along one direction in all arguments."""
     with forward_ad.dual_level():
-        duals = [None if t is None else forward_ad.make_dual(t, d) for t, d in zip(tensors, tensors_t, strict=True)]
+        duals = [
+            None if t is None else forward_ad.make_dual(t, d) for t, d in zip(tensors, tensors_t, strict=True)
+        ]
         numbers = {
             k: forward_ad.make_dual(torch.tensor(float(v), dtype=f64), torch.tensor(scalars_t[k], dtype=f64))
             for k, v in case.scalars.items()
@@ -63,7 +65,7 @@ def reference_gradients(op: Op, case: Case, tensors, grad, leaning: bool = False
     return (*gradients(out, leaves, numbers, grad), grad)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def usual_error(op: Op, case: Case, shape, pair, what: str) -> tuple[float, ...]:
     """Largest error of the reference formula over a few draws, relative to the largest element of its sample."""
     draws = []
@@ -129,12 +131,21 @@ class Values:
         for j, t in enumerate(tensors):
             if t is not None:
                 assert found[j].dtype == t.dtype
-                check(found[j], d_tensors[j], own_found[j], stated, usual=usual[j], what=f"gradient of {op.argument(j)}")
+                check(
+                    found[j],
+                    d_tensors[j],
+                    own_found[j],
+                    stated,
+                    usual=usual[j],
+                    what=f"gradient of {op.argument(j)}",
+                )
         for name, size in sizes.items():
             exact = pair[0] == f64 and "seed" not in case.keywords  # normals are float32
             allowed = norm_bound(f64 if exact else f32, op.gradient_bound) * size.sum()
             own_error = abs(wide(own_scalars[name]) - d_scalars[name].sum())
-            assert_within(scalars[name], d_scalars[name].sum(), allowed + 2 * own_error, f"gradient of {name}")
+            assert_within(
+                scalars[name], d_scalars[name].sum(), allowed + 2 * own_error, f"gradient of {name}"
+            )
 
     def test_tangent(self, target: Target, smooth: Case, pair):
         """Forward mode: the derivative along a direction in all arguments at once."""
@@ -149,7 +160,9 @@ class Values:
         own = tangent_of(op.define, case, *on_host, scalars_t)
         (usual,) = usual_error(op, case, SHAPE, pair, "tangent")
         slack = op.extra(case, tensors, scalars_t)
-        check(tangent, expected, own, op.bound(case, derivative=True), what="tangent", slack=slack, usual=usual)
+        check(
+            tangent, expected, own, op.bound(case, derivative=True), what="tangent", slack=slack, usual=usual
+        )
 
     def test_scalars_of_every_kind(self, target: Target, case: Case):
         """Python numbers, 0-dim tensors and [B] tensors are the same call."""
@@ -219,7 +232,10 @@ class Values:
 
     def test_zero_input(self, target: Target, case: Case, pair):
         """All tensors zero: a finite result and finite gradients."""
-        tensors = [None if t is None else torch.zeros_like(t) for t in self.op.inputs(case, SHAPE, pair, target.device)]
+        tensors = [
+            None if t is None else torch.zeros_like(t)
+            for t in self.op.inputs(case, SHAPE, pair, target.device)
+        ]
         leaves, numbers = differentiable(tensors, {})
         out = self.op.run(target, case, leaves, {**case.scalars, **numbers})
         self._right(case, tensors, out)
@@ -229,6 +245,8 @@ class Values:
 
     def test_no_overflow_inside(self, target: Target, case: Case):
         """float16 samples whose squared norm is far beyond 65504."""
+        if "seed" in case.keywords:
+            pytest.skip("noise has nothing to overflow, and takes long to judge")
         shape = (2, 4, 141, 130)
         for pair in ((torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (f32, torch.float16)):
             tensors = self.op.inputs(case, shape, pair, target.device)
