@@ -1,11 +1,8 @@
 #include "core/tensor.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <atomic>
+#include <cstdlib>
 #include <limits>
 #include <numeric>
 
@@ -38,7 +35,7 @@ const char* name_of_shim_dtype(int32_t dtype) {
 
 void fill_nan(const Tensor& t, DType dtype) {
   const int64_t n = t.numel();
-  void* data = t.mutable_data_ptr();
+  void* data = t.data();
   switch (dtype) {
     case DType::f32: std::fill_n(static_cast<float*>(data), n, std::numeric_limits<float>::quiet_NaN()); return;
     case DType::f64: std::fill_n(static_cast<double*>(data), n, std::numeric_limits<double>::quiet_NaN()); return;
@@ -129,12 +126,9 @@ std::string View::shape() const {
 }
 
 View floating_view(const char* op, const char* argument, const Tensor& t, int index) {
+  // A sparse tensor does not get here: the dispatcher has no kernel for it.
   DType found = DType::f32;
-  int32_t dtype = 0, layout = 0;
-  aoti_torch_get_layout(t.get(), &layout);
-  if (layout != aoti_torch_layout_strided()) {
-    type_error(op, label(argument, index), "be a dense tensor", "a sparse one");
-  }
+  int32_t dtype = 0;
   aoti_torch_get_dtype(t.get(), &dtype);
   if (dtype == aoti_torch_dtype_float32()) {
     found = DType::f32;
@@ -156,13 +150,13 @@ View view_of(const Tensor& t, DType dtype) {
   int64_t *sizes = nullptr, *strides = nullptr;
   aoti_torch_get_data_ptr(t.get(), &view.data);
   aoti_torch_get_device_type(t.get(), &view.device_type);
-  aoti_torch_get_device_index(t.get(), &view.device_index);
   aoti_torch_get_dim(t.get(), &view.dims);
   aoti_torch_get_sizes(t.get(), &sizes);
   aoti_torch_get_strides(t.get(), &strides);
   view.sizes = sizes;
   view.strides = strides;
-  if (view.dims > kMaxDims) throw std::runtime_error(join("ValueError: marquardt: tensors have at most ", kMaxDims, " dimensions"));
+  if (view.dims > kMaxDims)
+    throw std::runtime_error(join("ValueError: marquardt: tensors have at most ", kMaxDims, " dimensions"));
   return view;
 }
 
@@ -180,8 +174,8 @@ void set_poison(bool on) {
 
 Tensor empty_strided(const View& like, const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype) {
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(dims, sizes, strides, shim_dtype(dtype), like.device_type, like.device_index, &handle) !=
-      AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(dims, sizes, strides, shim_dtype(dtype), like.device_type, /*device_index=*/-1,
+                               &handle) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("marquardt: an output could not be allocated (out of memory?)");
   }
   Tensor t(handle);
@@ -243,7 +237,7 @@ Tensor empty_like_first(const View& first, const Walk& walk, DType dtype) {
 Tensor fitting(const Tensor& t, View& view, const Walk& walk) {
   if (view.numel() == 0 || walk.fits(view)) return t;
   Tensor copy = empty_in_order(view, walk);
-  torch::stable::copy_(copy, t);
+  copy.copy_from(t);
   view = view_of(copy, view.dtype);
   return copy;
 }
@@ -267,8 +261,8 @@ void Result::stage_if_needed(const Walk& walk) {
 }
 
 Tensor Result::finish() {
-  if (staged_.has_value()) torch::stable::copy_(target_, *staged_);
-  return target_;
+  if (staged_.has_value()) target_.copy_from(*staged_);
+  return std::move(target_);
 }
 
 void check_overlap(const char* op, const View& out, const View& input) {

@@ -1,10 +1,11 @@
 // What the checks and launchers need of a torch tensor, over the stable ABI: metadata, allocation, layouts.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/check.h"
@@ -12,13 +13,56 @@
 
 namespace marquardt {
 
-using torch::stable::Tensor;
+// A tensor of the stable ABI, held by its handle alone. torch::stable::Tensor adds a shared_ptr, an allocation for
+// every argument of every call: a tenth of the whole call at one element.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle owned) : handle_(owned) {}
+  Tensor(const Tensor& other) {
+    if (other.handle_ != nullptr) aoti_torch_new_tensor_handle(other.handle_, &handle_);
+  }
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  AtenTensorHandle get() const { return handle_; }
+  int64_t numel() const {
+    int64_t n = 0;
+    aoti_torch_get_numel(handle_, &n);
+    return n;
+  }
+  bool is_contiguous() const {
+    bool contiguous = false;
+    aoti_torch_is_contiguous(handle_, &contiguous);
+    return contiguous;
+  }
+  void* data() const {
+    void* data = nullptr;
+    aoti_torch_get_data_ptr(handle_, &data);
+    return data;
+  }
+  // Overwrites this tensor with the elements of another of its shape.
+  void copy_from(const Tensor& other) {
+    if (aoti_torch_copy_(handle_, other.handle_, 0) != AOTI_TORCH_SUCCESS) {
+      throw std::runtime_error("marquardt: a tensor could not be copied");
+    }
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
 
 // A tensor's metadata, read once: every accessor of the stable ABI is a call.
 struct View {
   void* data;
   DType dtype;
-  int32_t device_type, device_index;
+  int32_t device_type;
   int64_t dims;
   const int64_t* sizes;
   const int64_t* strides;
@@ -32,7 +76,7 @@ struct View {
   std::string shape() const;
 };
 
-// Fails with a TypeError unless the tensor is dense and of a floating dtype that the library computes with.
+// Fails with a TypeError unless the tensor is of a floating dtype that the library computes with.
 View floating_view(const char* op, const char* argument, const Tensor& t, int index = -1);
 
 // "argument" or "argument[index]".
@@ -62,8 +106,8 @@ constexpr int kMaxDims = 32;
 // the same way; one that lies differently is copied.
 struct Walk {
   int64_t batch_dims = 1;
-  int64_t strides[kMaxDims];     // of every dimension; only those within a sample count
-  bool first_is_dense = false;   // outputs take the strides of the first tensor
+  int64_t strides[kMaxDims];    // of every dimension; only those within a sample count
+  bool first_is_dense = false;  // outputs take the strides of the first tensor
   bool row_major = false;
 
   // A walk in the order of `first` if its samples are dense, else in row-major order.
@@ -105,3 +149,24 @@ void check_overlap(const char* op, const View& out, const View& input);
 void check_writable(const char* op, const View& out);
 
 }  // namespace marquardt
+
+// How TORCH_BOX carries it.
+namespace torch::stable::detail {
+
+template <>
+struct FromImpl<marquardt::Tensor> {
+  static StableIValue call(const marquardt::Tensor& t, uint64_t, bool) {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &handle));
+    return torch::stable::detail::from(handle);
+  }
+};
+
+template <>
+struct ToImpl<marquardt::Tensor> {
+  static marquardt::Tensor call(StableIValue value, uint64_t, bool) {
+    return marquardt::Tensor(torch::stable::detail::to<AtenTensorHandle>(value));
+  }
+};
+
+}  // namespace torch::stable::detail

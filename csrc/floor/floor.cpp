@@ -59,7 +59,7 @@ Tensor read_floor(const std::vector<Tensor>& inputs, int64_t repeats, int64_t pi
   const View like = floating_view(op, "inputs", inputs[0]);
   const int64_t sizes[1] = {threads}, strides[1] = {1};
   Tensor sums = empty_strided(like, sizes, strides, 1, DType::f32);
-  float* to = static_cast<float*>(sums.mutable_data_ptr());
+  float* to = static_cast<float*>(sums.data());
   std::memset(to, 0, static_cast<size_t>(threads) * sizeof(float));
   std::vector<const float*> in;
   for (const Tensor& t : inputs) in.push_back(numbers(op, "inputs", t));

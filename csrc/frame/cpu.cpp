@@ -97,11 +97,10 @@ class FrameRunner {
     }
     writes_in_place_ = true;
     for (int i = 0; i < call.outputs; ++i) writes_in_place_ = writes_in_place_ && call.output[i].dtype == compute();
-    int64_t bytes = 0;
+    int64_t bytes = call.batch * sample_bytes();
     for (int i = 0; i < call.outputs; ++i) bytes += call.batch * call.size * size_of(call.output[i].dtype);
-    bytes += call.batch * sample_bytes();
-    streaming_ = bytes > thread_count() * core_cache_bytes();
     threads_ = bytes < kSerialBytes ? 1 : thread_count();
+    streaming_ = bytes > threads_ * core_cache_bytes();
     exact_ = call.exact || call.size <= kExactSize;
   }
 
@@ -338,7 +337,7 @@ class FrameRunner {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = b0 + i / chunks;
           const uint32_t wanted = gram_rows(call_, parameters(b));
-          auto* acc = reinterpret_cast<double(*)[kLanes]>(partial.data() + static_cast<size_t>(i) * per_chunk);
+          auto* acc = reinterpret_cast<double (*)[kLanes]>(partial.data() + static_cast<size_t>(i) * per_chunk);
           __builtin_memset(acc, 0, per_chunk * sizeof(double));
           if (wanted != 0u) gram_chunk(b, i % chunks, wanted, exact_, scratch, acc);
         }

@@ -103,8 +103,8 @@ template <class T, int Pairs, int M>
 bool apply_rows(const T* const* rows, int count, const T* c, T* const* outs, int64_t n, bool streaming) {
   switch (count) {
     case 1: apply_small<T, 1, 0, M>(rows, c, outs, n, streaming); return true;
-    case 2: apply_small<T, 2, Pairs < 1 ? 0 : 1, M>(rows, c, outs, n, streaming); return true;
-    case 3: apply_small<T, 3, Pairs < 1 ? 0 : 1, M>(rows, c, outs, n, streaming); return true;
+    case 2: apply_small < T, 2, Pairs<1 ? 0 : 1, M>(rows, c, outs, n, streaming); return true;
+    case 3: apply_small < T, 3, Pairs<1 ? 0 : 1, M>(rows, c, outs, n, streaming); return true;
     case 4: apply_small<T, 4, Pairs, M>(rows, c, outs, n, streaming); return true;
     default: break;
   }

@@ -22,7 +22,7 @@ MQ_INLINE uint32_t bits_of_float(float x) {
 MQ_INLINE uint16_t bf16_of(float x) {
   const uint32_t bits = bits_of_float(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-  const uint32_t quiet = (bits >> 16) | 0x40u;                           // a NaN must not round to infinity
+  const uint32_t quiet = (bits >> 16) | 0x40u;                            // a NaN must not round to infinity
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 

@@ -138,8 +138,8 @@ template <class T, class A, int Pairs>
 void gram_full(const T* const* rows, int count, int64_t n, double (*acc)[kLanes]) {
   switch (count) {
     case 1: return gram_small<T, A, 1, 0>(rows, n, acc);
-    case 2: return gram_small<T, A, 2, Pairs < 1 ? 0 : 1>(rows, n, acc);
-    case 3: return gram_small<T, A, 3, Pairs < 1 ? 0 : 1>(rows, n, acc);
+    case 2: return gram_small < T, A, 2, Pairs<1 ? 0 : 1>(rows, n, acc);
+    case 3: return gram_small < T, A, 3, Pairs<1 ? 0 : 1>(rows, n, acc);
     case 4: return gram_small<T, A, 4, Pairs>(rows, n, acc);
     default: break;
   }

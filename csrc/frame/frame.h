@@ -65,14 +65,14 @@ struct FrameCall {
   const int64_t* seed = nullptr;  // noise behind that: (key, counter high) per sample or for the call
   int64_t seed_stride = 0;        // 0: one seed, the index runs through the call; 2: one per sample
 
-  int pairs = 0;                       // rows 2j+1 < 2·pairs are residuals against row 2j
-  const double* prologue = nullptr;    // L [k, n] or [B, k, n]; excludes pairs
-  int64_t prologue_stride = 0;         // 0 or k·n
-  const double* clamp = nullptr;       // [k, 2] lower and upper bounds
-  int rows = 0;                        // k
+  int pairs = 0;                     // rows 2j+1 < 2·pairs are residuals against row 2j
+  const double* prologue = nullptr;  // L [k, n] or [B, k, n]; excludes pairs
+  int64_t prologue_stride = 0;       // 0 or k·n
+  const double* clamp = nullptr;     // [k, 2] lower and upper bounds
+  int rows = 0;                      // k
 
   GramKind gram = GramKind::none;
-  bool exact = false;                  // Gram products in double
+  bool exact = false;  // Gram products in double
 
   const double* parameters = nullptr;  // the op's scalars [p] or [B, p]; for `given` the matrix C [m, k]
   int64_t parameter_stride = 0;        // 0 or p

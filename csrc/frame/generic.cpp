@@ -87,7 +87,7 @@ Tensor frame_gram(const std::vector<Tensor>& streams, const MaybeTensor& prologu
   call.parameters = &nothing;
   const int64_t k = call.rows, sizes[3] = {call.batch, k, k}, strides[3] = {k * k, k, 1};
   Tensor gram = empty_strided(launcher.state(), sizes, strides, 3, DType::f64);
-  call.scalars = static_cast<double*>(gram.mutable_data_ptr());
+  call.scalars = static_cast<double*>(gram.data());
   call.scalar_stride = k * k;
   launcher.run();
   return gram;
@@ -128,7 +128,7 @@ Tensor frame_map_rows(int64_t op, int64_t mode, const Tensor& gram, const Tensor
   }
   const int64_t width = op == 1 ? 2 : op == 2 ? 6 + m : 4;
   Tensor out = empty_scalars(view_of(gram, DType::f64), g.rows, width);
-  double* to = static_cast<double*>(out.mutable_data_ptr());
+  double* to = static_cast<double*>(out.data());
   for (int64_t b = 0; b < g.rows; ++b, to += width) {
     const double *row = g.values.data() + b * columns, *scalars = p.values.data() + b * parameters;
     FrameMap map = {};

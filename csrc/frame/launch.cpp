@@ -47,7 +47,7 @@ void FrameLauncher::add(const char* argument, const Tensor& t, int index) {
     value_error(op_, label(argument, index), join("have the shape of ", first(), " (", state_.shape(), ")"),
                 view.shape());
   }
-  if (view.device_type != state_.device_type || view.device_index != state_.device_index) {
+  if (view.device_type != state_.device_type) {
     value_error(op_, label(argument, index), join("be on the device of ", first(), " (cpu)"), "another device");
   }
   if (!pairs_with(state_.dtype, view.dtype)) {
@@ -65,8 +65,8 @@ void FrameLauncher::add(const char* argument, const Tensor& t, int index) {
   append(t, view);
 }
 
-std::vector<double> FrameLauncher::rows_of(const char* argument, const Tensor& t, int64_t columns,
-                                           bool& shared) const {
+const double* FrameLauncher::rows_of(const char* argument, const Tensor& t, int64_t columns, bool& shared,
+                                     std::vector<double>& copy) const {
   const View view = floating_view(op_, argument, t);
   if (view.dtype != DType::f64) type_error(op_, argument, "be float64", name_of(view.dtype));
   shared = view.dims == 1 && view.sizes[0] == columns;
@@ -75,31 +75,31 @@ std::vector<double> FrameLauncher::rows_of(const char* argument, const Tensor& t
     value_error(op_, argument, join("have shape [", columns, "] or [", call.batch, ", ", columns, "]"), view.shape());
   }
   if (view.device_type != state_.device_type) value_error(op_, argument, "be on the CPU", "another device");
-  const int64_t rows = shared ? 1 : call.batch, row_stride = shared ? 0 : view.strides[0];
-  const int64_t column_stride = view.strides[view.dims - 1];
   const double* data = static_cast<const double*>(view.data);
-  std::vector<double> values(static_cast<size_t>(rows * columns));
+  const int64_t rows = shared ? 1 : call.batch, row_stride = shared ? columns : view.strides[0];
+  const int64_t column_stride = view.strides[view.dims - 1];
+  if (column_stride == 1 && row_stride == columns) return data;
+  copy.resize(static_cast<size_t>(rows * columns));
   for (int64_t b = 0; b < rows; ++b)
     for (int64_t j = 0; j < columns; ++j)
-      values[static_cast<size_t>(b * columns + j)] = data[b * row_stride + j * column_stride];
-  return values;
+      copy[static_cast<size_t>(b * columns + j)] = data[b * row_stride + j * column_stride];
+  return copy.data();
 }
 
 void FrameLauncher::parameters(const Tensor& coef, int64_t columns) {
   bool shared = false;
-  values_ = rows_of("coef", coef, columns, shared);
+  call.parameters = rows_of("coef", coef, columns, shared, values_);
   columns_ = columns;
-  call.parameters = values_.data();
   call.parameter_stride = shared ? 0 : columns;
 }
 
 void FrameLauncher::tangents(const Tensor& coef_t) {
   bool shared = false;
-  const std::vector<double> moved = rows_of("coef_t", coef_t, columns_, shared);
+  std::vector<double> copy, joined;
+  const double* moved = rows_of("coef_t", coef_t, columns_, shared, copy);
   const int64_t rows = shared && call.parameter_stride == 0 ? 1 : call.batch, m = columns_;
-  std::vector<double> joined;
   for (int64_t b = 0; b < rows; ++b) {
-    const double *p = parameter_row(b), *t = moved.data() + (shared ? 0 : b * m);
+    const double *p = parameter_row(b), *t = moved + (shared ? 0 : b * m);
     joined.insert(joined.end(), p, p + m);
     joined.insert(joined.end(), t, t + m);
   }
@@ -109,7 +109,11 @@ void FrameLauncher::tangents(const Tensor& coef_t) {
 }
 
 void FrameLauncher::zero_parameter(int64_t column) {
-  for (size_t i = static_cast<size_t>(column); i < values_.size(); i += static_cast<size_t>(columns_)) values_[i] = 0.0;
+  const int64_t rows = parameter_rows();
+  std::vector<double> copy(call.parameters, call.parameters + rows * columns_);
+  for (int64_t b = 0; b < rows; ++b) copy[static_cast<size_t>(b * columns_ + column)] = 0.0;
+  values_ = std::move(copy);
+  call.parameters = values_.data();
 }
 
 void FrameLauncher::noise(const std::optional<Tensor>& seed) {
@@ -165,7 +169,7 @@ void FrameLauncher::output(const Tensor& out) {
 
 Tensor FrameLauncher::scalars(int64_t columns) {
   Tensor t = empty_scalars(state_, call.batch, columns);
-  call.scalars = static_cast<double*>(t.mutable_data_ptr());
+  call.scalars = static_cast<double*>(t.data());
   call.scalar_stride = columns;
   return t;
 }

@@ -52,8 +52,9 @@ class FrameLauncher {
  private:
   void append(const Tensor& t, View view);
   void append(Result result);
-  // Rows of float64 numbers, [m] or [B, m], as one dense block.
-  std::vector<double> rows_of(const char* argument, const Tensor& t, int64_t columns, bool& shared) const;
+  // Rows of float64 numbers, [m] or [B, m], behind one another: in place, or in `copy`.
+  const double* rows_of(const char* argument, const Tensor& t, int64_t columns, bool& shared,
+                        std::vector<double>& copy) const;
 
   const char* op_;
   const char* first_name_;
@@ -63,7 +64,7 @@ class FrameLauncher {
   std::optional<DType> model_;  // the second dtype of the call, once one was seen
   Walk walk_;
   std::vector<Tensor> copies_;  // inputs that lay otherwise, alive until the kernel is done
-  std::vector<double> values_;  // parameters, columns_ per row
+  std::vector<double> values_;  // parameters that could not be read where they lie, columns_ per row
   int64_t columns_ = 0;
   View inputs_[kMaxVectors];
   std::optional<Result> result_;  // the first output, and the others

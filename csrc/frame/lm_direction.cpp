@@ -109,7 +109,8 @@ Tensor jvp(const Tensor& eps, const Tensor& prev, const Tensor& coef, const Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
   m.def("lm_direction(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims) -> Tensor");
-  m.def("lm_direction_out(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims, *, Tensor(a!) out) -> ()");
+  m.def(
+      "lm_direction_out(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims, *, Tensor(a!) out) -> ()");
   m.def(
       "lm_direction_backward(Tensor grad, Tensor eps, Tensor prev, Tensor coef, int variant, int batch_dims)"
       " -> (Tensor, Tensor, Tensor)");

@@ -34,9 +34,9 @@ MQ_HOST_DEVICE inline void lm_coefficients(int mode, S n, S e, S R, S first, S s
     return;
   }
   const S lambda = first, kappa = second;
-  const S Et = n + kappa * e;                          // ⟨ε, ε̃⟩
-  const S m = n + S(2.0) * kappa * e + kappa * kappa * R;  // ⟨ε̃, ε̃⟩
-  const S a = lambda + kappa * (kappa * R + e), b = kappa * Et;  // d = a·ε − b·r
+  const S Et = n + kappa * e;                                                    // ⟨ε, ε̃⟩
+  const S m = n + S(2.0) * kappa * e + kappa * kappa * R;                        // ⟨ε̃, ε̃⟩
+  const S a = lambda + kappa * (kappa * R + e), b = kappa * Et;                  // d = a·ε − b·r
   const S dd = lambda * lambda * n + kappa * kappa * G * (S(2.0) * lambda + m);  // ⟨d, d⟩
   if (value(dd) == 0.0) {  // λ = 0 and prev ∥ eps: u = 0, and the direction is eps
     c0 = S(mode == kPlain ? 0.0 : 1.0);

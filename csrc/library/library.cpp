@@ -28,10 +28,10 @@
 
 // JSON, for marquardt.env.
 extern "C" __attribute__((visibility("default"))) const char* marquardt_build_info() {
-  static const std::string text = marquardt::join(
-      R"({"version": ")", MARQUARDT_VERSION, R"(", "compiler": ")", MARQUARDT_COMPILER, R"(", "flags": ")",
-      MARQUARDT_CXX_FLAGS, R"(", "cuda": ")", MARQUARDT_CUDA_ARCHS, R"(", "commit": ")", MARQUARDT_COMMIT,
-      R"(", "isa": ")", marquardt::frame_cpu_isa(), R"("})");
+  static const std::string text =
+      marquardt::join(R"({"version": ")", MARQUARDT_VERSION, R"(", "compiler": ")", MARQUARDT_COMPILER,
+                      R"(", "flags": ")", MARQUARDT_CXX_FLAGS, R"(", "cuda": ")", MARQUARDT_CUDA_ARCHS,
+                      R"(", "commit": ")", MARQUARDT_COMMIT, R"(", "isa": ")", marquardt::frame_cpu_isa(), R"("})");
   return text.c_str();
 }
 

@@ -113,7 +113,9 @@ def reasons(op: str, device: torch.device) -> dict[str, str | None]:
 
 def available(device: str = "cpu") -> tuple[str, ...]:
     """The backends that can run here on tensors of `device`."""
-    return tuple(name for name, reason in reasons("lm_direction", torch.device(device)).items() if reason is None)
+    return tuple(
+        name for name, reason in reasons("lm_direction", torch.device(device)).items() if reason is None
+    )
 
 
 _warned: set[tuple[str, str]] = set()
@@ -180,7 +182,9 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     for label, value in [*((f"argument {i}", v) for i, v in enumerate(args)), *kwargs.items()]:
         members = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
         tensors += [
-            (label if j is None else f"{label}[{j}]", t) for j, t in members if isinstance(t, Tensor) and t.dim() > 0
+            (label if j is None else f"{label}[{j}]", t)
+            for j, t in members
+            if isinstance(t, Tensor) and t.dim() > 0
         ]
     if not tensors:
         raise ValueError("explain: args must hold a tensor, got none")
@@ -196,5 +200,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         if not is_dense(inner):
             copies.append(f"{label} (strides {tuple(t.stride())} leave gaps or repeat within a sample)")
         elif t.stride()[1:] != first.stride()[1:] and is_dense(first[0] if first.dim() > 1 else first):
-            copies.append(f"{label} (strides {tuple(t.stride())} differ from the first tensor's {tuple(first.stride())})")
+            copies.append(
+                f"{label} (strides {tuple(t.stride())} differ from the first tensor's {tuple(first.stride())})"
+            )
     return Explanation(name, backend, why, tuple(copies))

@@ -32,7 +32,9 @@ def vmap_raw(op: Op, info: Any, dims: Sequence[Any], *args: Any) -> tuple[Any, A
     return _vmap(op, op.plain, info.batch_size, dims, args)
 
 
-def _vmap(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+def _vmap(
+    op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[Any, Any]:
     names = [a.name for a in op.arguments]
     seed = args[names.index("seed")] if "seed" in names else None
     result = _one_by_one(call, size, dims, args) if seed is not None else _folded(op, call, size, dims, args)

@@ -112,9 +112,7 @@ def lm_direction(eps: Any, prev: Any, coef: Any, mode: int, batch_dims: int) -> 
     lm_scalars(op, coef, mode)
 
 
-def lm_direction_backward(
-    grad: Any, eps: Any, prev: Any, coef: Any, mode: int, batch_dims: int
-) -> None:
+def lm_direction_backward(grad: Any, eps: Any, prev: Any, coef: Any, mode: int, batch_dims: int) -> None:
     lm_direction(eps, prev, coef, mode, batch_dims)
     like("lm_direction_backward", "grad", grad, "eps", eps)
 
@@ -187,7 +185,9 @@ def out(op: str, out_: Any, first: str, state: Tensor, inputs: Sequence[Tensor |
         raise errors.value(op, "out", "have no repeated elements", "stride 0")
     for t in inputs:
         if t is not None and _partial_overlap(out_, t):
-            raise errors.value(op, "out", "be an input itself or share no memory with one", "a partial overlap")
+            raise errors.value(
+                op, "out", "be an input itself or share no memory with one", "a partial overlap"
+            )
 
 
 def _span(t: Tensor) -> tuple[int, int]:
@@ -198,7 +198,12 @@ def _span(t: Tensor) -> tuple[int, int]:
 def _partial_overlap(a: Tensor, b: Tensor) -> bool:
     if a.numel() == 0 or b.numel() == 0:
         return False
-    if torch.compiler.is_compiling() or a.device.type == "meta" or type(a) is not Tensor or type(b) is not Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or a.device.type == "meta"
+        or type(a) is not Tensor
+        or type(b) is not Tensor
+    ):
         return False
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype:
         return False

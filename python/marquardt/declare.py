@@ -31,6 +31,8 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
+_vjp: Any = torch.func.vjp  # whose stubs know only the form with auxiliary outputs
+_jvp: Any = torch.func.jvp
 
 registry: dict[str, Op] = {}
 
@@ -97,51 +99,20 @@ class Op:
         else:
             self._define_without_native(schema)
         self.traced = getattr(torch.ops.marquardt, self.name).default
+        self.returns_tuple = len(self.traced._schema.returns) > 1
         self.returns_list = any(isinstance(r.type, torch.ListType) for r in self.traced._schema.returns)
         if out:
             self.traced_out = getattr(torch.ops.marquardt, f"{self.name}_out").default
         from . import autograd
 
-        self.functorch_function, self.eager_function = autograd.functions_of(self)
+        self.apply_functorch, self.apply_eager = autograd.functions_of(self)
         self._register()
+        self.call, self.asks_gradient = _written_out(self)
 
     # --- calls -------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any) -> Any:
-        if _is_compiling():
-            return self._trace(args)
-        if _functorch_active() or _forward_ad._current_level >= 0:
-            return self._apply(self.functorch_function, args)
-        if _is_grad_enabled() and self.asks_gradient(args):
-            if self.list_at is None:
-                return self.eager_function.apply(*args)
-            return self._apply(self.eager_function, args)
-        first = args[0]
-        if type(first) is list and first:
-            first = first[0]
-        try:
-            if backends._forced is None and first.is_cpu and self.native is not None:
-                return self.native(*args)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise errors.translate(error, self.check, args) from None
-        return self._on_other_backend(args)
-
-    def asks_gradient(self, args: tuple[Any, ...]) -> bool:
-        """Whether any tensor among the arguments requires grad."""
-        try:
-            for a in args[: self.tensors]:
-                if a is None:
-                    continue
-                if type(a) is list:
-                    for t in a:
-                        if t.requires_grad:
-                            return True
-                elif a.requires_grad:
-                    return True
-        except AttributeError:
-            self.check(*args)  # something is not a tensor: say which
-            raise
-        return False
+        return self.call(*args)
 
     def plain(self, *args: Any) -> Any:
         """The kernel itself, without autograd."""
@@ -161,18 +132,20 @@ class Op:
             return out
         if _functorch_active() or _forward_ad._current_level >= 0:
             return out.copy_(self(*args))
-        if _is_grad_enabled() and (self.asks_gradient(args) or getattr(out, "requires_grad", False)):
-            raise RuntimeError(
-                f"{self.name}: out= does not support automatic differentiation, but one of the arguments "
-                "requires grad; call it under torch.no_grad() or without out="
-            )
         first = args[0][0] if type(args[0]) is list and args[0] else args[0]
+        asked = False
         try:
-            if backends._forced is None and first.is_cpu and self.native is not None:
+            asked = _is_grad_enabled() and (self.asks_gradient(*args) or out.requires_grad)
+            if not asked and backends._forced is None and first.is_cpu and self.native is not None:
                 self.native_out(*args, out)
                 return out
         except (RuntimeError, AttributeError, TypeError) as error:
             raise errors.translate(error, functools.partial(self._check_out, out), args) from None
+        if asked:
+            raise RuntimeError(
+                f"{self.name}: out= does not support automatic differentiation, but one of the arguments "
+                "requires grad; call it under torch.no_grad() or without out="
+            )
         self._check_out(out, *args)
         return out.copy_(self.plain(*args))
 
@@ -181,7 +154,9 @@ class Op:
 
         self.check(*args)
         label, first = self.arguments[0].name, args[0]
-        inputs = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        inputs = [
+            t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)
+        ]
         if isinstance(first, (list, tuple)):
             label, first = f"{label}[0]", first[0]
         checks.out(self.name, out, label, first, inputs)
@@ -190,7 +165,7 @@ class Op:
         self.check(*args)
         first = args[0][0] if type(args[0]) is list else args[0]
         backend = backends.choose(self.name, first.device)
-        if backend in ("cpu", "cuda"):
+        if backend in ("cpu", "cuda") and self.native is not None:
             return self.native(*args)
         if backend == "triton":
             from .triton_kernels import frame
@@ -200,7 +175,7 @@ class Op:
             return self.reference(*args)
 
     def _apply(self, function: Any, args: tuple[Any, ...]) -> Any:
-        result = function.apply(*self.flatten(args))
+        result = function(*self.flatten(args))
         return (list(result[:-1]), result[-1]) if self.returns_list else result
 
     def _trace(self, args: tuple[Any, ...]) -> Any:
@@ -272,6 +247,63 @@ class Op:
         self._check_out(out, *args)
 
 
+_CALL = """
+def {name}({names}):
+    if is_compiling():
+        return op._trace(({names},))
+    if functorch_active() or forward_ad._current_level >= 0:
+        return op._apply(op.apply_functorch, ({names},))
+    try:
+        asked = is_grad_enabled() and ({asked})
+        if not asked and backends._forced is None and {first}.is_cpu and native is not None:
+            return native({names})
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise translate(error, op.check, ({names},)) from None
+    if asked:
+        return {apply}
+    return op.plain({names})
+
+
+def asks_gradient({names}):
+    return {asked}
+"""
+
+
+def _written_out(op: Op) -> tuple[Callable[..., Any], Callable[..., bool]]:
+    """The choice among the four paths, and whether a gradient is asked, as straight code for one op's arguments.
+
+    A loop over arguments would cost as much as a small kernel; so would a second Python call.
+    """
+
+    def asked(argument: Argument) -> str:
+        if argument.kind == "list":
+            return f"any([t.requires_grad for t in {argument.name}])"
+        return f"({argument.name} is not None and {argument.name}.requires_grad)"
+
+    names = ", ".join(a.name for a in op.arguments)
+    first = op.arguments[0]
+    text = _CALL.format(
+        name=op.name,
+        names=names,
+        asked=" or ".join(asked(a) for a in op.arguments[: op.tensors]),
+        first=f"{first.name}[0]" if first.kind == "list" else first.name,
+        apply=f"eager({names})" if op.list_at is None else f"op._apply(op.apply_eager, ({names},))",
+    )
+    scope: dict[str, Any] = {
+        "op": op,
+        "native": op.native,
+        "eager": op.apply_eager,
+        "backends": backends,
+        "translate": errors.translate,
+        "is_compiling": _is_compiling,
+        "functorch_active": _functorch_active,
+        "forward_ad": _forward_ad,
+        "is_grad_enabled": _is_grad_enabled,
+    }
+    exec(text, scope)
+    return scope[op.name], scope["asks_gradient"]
+
+
 def _on_tensors(op: Op, args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any], list[int]]:
     """The reference as a function of its floating tensors alone; those tensors; their flat positions."""
     flat = op.flatten(args)
@@ -287,10 +319,12 @@ def _on_tensors(op: Op, args: Sequence[Any]) -> tuple[Callable[..., Any], list[A
     return function, [flat[i] for i in positions], positions
 
 
-def _backward_of_reference(op: Op, call: Any, grads: Sequence[Any], needs: Any, *args: Any) -> tuple[Any, ...]:
+def _backward_of_reference(
+    op: Op, call: Any, grads: Sequence[Any], needs: Any, *args: Any
+) -> tuple[Any, ...]:
     """Gradients of the definition itself; differentiable again, to any order."""
     function, tensors, positions = _on_tensors(op, args)
-    outputs, pullback = torch.func.vjp(function, *tensors)
+    outputs, pullback = _vjp(function, *tensors)
     flat_grads = op.flatten_outputs(tuple(grads))
     filled = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, flat_grads, strict=True))
     result: list[Any] = [None] * len(op.flatten(args))
@@ -303,6 +337,8 @@ def _jvp_of_reference(op: Op, call: Any, tangents: Sequence[Any], *args: Any) ->
     """Tangents of the definition itself."""
     function, tensors, positions = _on_tensors(op, args)
     flat = op.flatten(tangents)
-    moved = tuple(torch.zeros_like(t) if flat[i] is None else flat[i] for i, t in zip(positions, tensors, strict=True))
-    _, out = torch.func.jvp(function, tuple(tensors), moved)
+    moved = tuple(
+        torch.zeros_like(t) if flat[i] is None else flat[i] for i, t in zip(positions, tensors, strict=True)
+    )
+    _, out = _jvp(function, tuple(tensors), moved)
     return out if len(out) > 1 else out[0]

@@ -58,7 +58,13 @@ def _backward(
 
 
 def _jvp(
-    call: Any, tangents: Sequence[Any], eps: Tensor, prev: Tensor | None, coef: Tensor, mode: int, batch_dims: int
+    call: Any,
+    tangents: Sequence[Any],
+    eps: Tensor,
+    prev: Tensor | None,
+    coef: Tensor,
+    mode: int,
+    batch_dims: int,
 ) -> Tensor:
     eps_t, prev_t, coef_t = tangents[:3]
     eps_t = torch.zeros_like(eps) if eps_t is None else eps_t
@@ -146,7 +152,7 @@ def lm_direction(
         mode = EXTRAPOLATE
         coef = _extrapolation_coef(eps, damping, kappa, extrapolation, keep_norm, batch_dims)
     if out is None:
-        return LM(eps, prev, coef, mode, batch_dims)
+        return LM.call(eps, prev, coef, mode, batch_dims)
     return LM.to_out(out, eps, prev, coef, mode, batch_dims)
 
 

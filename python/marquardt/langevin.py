@@ -20,7 +20,13 @@ MAX_TERMS = 8
 
 
 def _fake_backward(
-    grad: Tensor, terms: list[Tensor], coef: Any, seed: Any, want_terms: bool, want_coef: bool, batch_dims: int
+    grad: Tensor,
+    terms: list[Tensor],
+    coef: Any,
+    seed: Any,
+    want_terms: bool,
+    want_coef: bool,
+    batch_dims: int,
 ) -> Any:
     batch, _ = batch_and_size(terms[0], batch_dims)
     columns = len(terms) + (seed is not None)
@@ -42,7 +48,9 @@ def _backward(
     return d_terms or None, d_coef if want_coef else None, None, None
 
 
-def _jvp(call: Any, tangents: Sequence[Any], terms: list[Tensor], coef: Tensor, seed: Any, batch_dims: int) -> Tensor:
+def _jvp(
+    call: Any, tangents: Sequence[Any], terms: list[Tensor], coef: Tensor, seed: Any, batch_dims: int
+) -> Tensor:
     terms_t, coef_t = tangents[:2]
     moved = [torch.zeros_like(t) if dt is None else dt for t, dt in zip(terms, terms_t, strict=True)]
     out = call(AFFINE, moved, coef[..., : len(terms)], None, batch_dims)
@@ -122,9 +130,9 @@ def affine_step(
             coef = _coef(terms, values, drawn is not None or noise is not None, batch_dims)
             break
     else:
-        coef = scalars.of_floats(tuple(values))
+        coef = scalars.of_floats(tuple(values))  # type: ignore[arg-type]
     if out is None:
-        return AFFINE(terms, coef, drawn, batch_dims)
+        return AFFINE.call(terms, coef, drawn, batch_dims)
     return AFFINE.to_out(out, terms, coef, drawn, batch_dims)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
+from typing import TypeAlias
 
 import torch
 
 from . import errors
 
 Tensor = torch.Tensor
-Generator = Union[torch.Generator, Sequence[torch.Generator], None]
+Generator: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 _HIGHEST = 2**63 - 1
 
 

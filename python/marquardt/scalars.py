@@ -7,7 +7,7 @@ A `coef` is float64: [m] on the CPU, shared by the batch and read on the host, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
+from typing import TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ from . import errors
 from .layout import batch_and_size
 
 Tensor = torch.Tensor
-Scalar = Union[float, int, Tensor]
+Scalar: TypeAlias = float | int | Tensor
 
 # A sampler calls with the same few numbers over and over, and making a tensor costs more than a small kernel.
 _known: dict[tuple[float, ...], Tensor] = {}
@@ -68,7 +68,11 @@ def _column(op: str, name: str, value: Scalar, batch: int, batch_dims: int) -> f
             raise errors.kind(op, name, "be a real number", str(value.dtype).removeprefix("torch."))
         if value.dim() == 0 or (value.dim() == 1 and batch_dims == 1 and value.shape[0] == batch):
             return value
-        rule = f"be a number, a 0-dim tensor or of shape [{batch}]" if batch_dims else "be a number or a 0-dim tensor"
+        rule = (
+            f"be a number, a 0-dim tensor or of shape [{batch}]"
+            if batch_dims
+            else "be a number or a 0-dim tensor"
+        )
         raise errors.value(op, name, rule, list(value.shape))
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         if not isinstance(value, torch.SymFloat) and not isinstance(value, torch.SymInt):

@@ -38,7 +38,8 @@ def lm_direction(
     """`marquardt.lm_direction` as a formula."""
     if extrapolation is None:
         mode = hessian.KEEP_NORM if keep_norm else hessian.PLAIN
-        names, values = ("damping", "kappa"), [0.0 if v is None else v for v in (damping, kappa)]
+        names: tuple[str, ...] = ("damping", "kappa")
+        values = [0.0 if v is None else v for v in (damping, kappa)]
     else:
         mode, names, values = hessian.EXTRAPOLATE, ("extrapolation",), [extrapolation]
     coef = scalars.pack("lm_direction", names, values, eps, batch_dims)

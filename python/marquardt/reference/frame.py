@@ -1,9 +1,9 @@
 """The frame engine in plain PyTorch: T ↦ C(T Tᵀ)·T for a k-frame T of vectors, per sample.
 
-    vectors v = streams, then "ones", then noise        [B, n, D]
-    rows    r = clamp(L v)                              [B, k, D]
-    gram    G = r rᵀ                                    [B, k, k]
-    outputs   = C r                                     [B, m, D]
+vectors v = streams, then "ones", then noise        [B, n, D]
+rows    r = clamp(L v)                              [B, k, D]
+gram    G = r rᵀ                                    [B, k, k]
+outputs   = C r                                     [B, m, D]
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def store(rows: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
     out = rows.to(dtype or like.dtype).reshape(like.shape)
     if out.stride() == output_strides(like):
         return out
-    return torch.empty_strided(like.shape, output_strides(like), dtype=out.dtype, device=out.device).copy_(out)
+    return torch.empty_strided(like.shape, output_strides(like), dtype=out.dtype, device=out.device).copy_(
+        out
+    )
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

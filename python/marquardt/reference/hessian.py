@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import frame
@@ -9,6 +11,8 @@ from . import frame
 Tensor = torch.Tensor
 
 KEEP_NORM, PLAIN, EXTRAPOLATE = 0, 1, 2
+
+_vjp: Any = torch.func.vjp
 
 
 def lm_coefficients(mode: int, n: Tensor, e: Tensor, R: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,10 +105,12 @@ def lm_direction_backward(
     x, r = _frame(eps, prev, batch_dims)
     g = frame.flatten(grad, batch_dims).to(x.dtype)
     coef = frame.scalars(coef, x.shape[0], x.device).clone()
-    (c0, c1), pullback = torch.func.vjp(lambda *inputs: lm_coefficients(mode, *inputs), *_dots(x, r), coef)
+    (c0, c1), pullback = _vjp(lambda *inputs: lm_coefficients(mode, *inputs), *_dots(x, r), coef)
     F_n, F_e, F_R, d_coef = pullback((frame.dot(g, x), frame.dot(g, r)))
 
-    unread = coef[:, -1] == 0  # κ = 0: the identity, or λ/(λ+n) ε without renormalisation; prev may hold anything
+    unread = (
+        coef[:, -1] == 0
+    )  # κ = 0: the identity, or λ/(λ+n) ε without renormalisation; prev may hold anything
     identity = unread if mode != PLAIN else torch.zeros_like(unread)
     r = torch.where(unread[:, None], torch.zeros_like(r), r)
     x = torch.where(identity[:, None], torch.zeros_like(x), x)
@@ -142,8 +148,8 @@ def lm_direction_jvp(
     moved = (2 * frame.dot(x, x_t), frame.dot(x_t, r) + frame.dot(x, r_t), 2 * frame.dot(r, r_t), coef_t)
 
     # The derivative along `moved` from two backward products: forward mode may be in use around us.
-    (c0, c1), pullback = torch.func.vjp(lambda *inputs: lm_coefficients(mode, *inputs), n, e, R, coef)
-    _, along = torch.func.vjp(pullback, (torch.zeros_like(c0), torch.zeros_like(c1)))
+    (c0, c1), pullback = _vjp(lambda *inputs: lm_coefficients(mode, *inputs), n, e, R, coef)
+    _, along = _vjp(pullback, (torch.zeros_like(c0), torch.zeros_like(c1)))
     ((c0_t, c1_t),) = along(moved)
 
     unread = (coef[:, -1] == 0) & (coef_t == 0).all(1)

@@ -49,7 +49,9 @@ def words(seed: Tensor, index: Tensor) -> Tensor:
     return torch.stack(philox((*low, *high), key), dim=-1)
 
 
-def normal(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, batch_dims: int = 1) -> Tensor:
+def normal(
+    seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, batch_dims: int = 1
+) -> Tensor:
     """Standard normals of `shape`; seed [2], or [B, 2] for one stream per sample (float32 normals, then `dtype`)."""
     count = math.prod(shape)
     index = torch.arange(count, device=seed.device)
