@@ -22,6 +22,8 @@ int32_t shim_dtype(DType dtype) {
 }
 
 const char* name_of_shim_dtype(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return "float32";
+  if (dtype == aoti_torch_dtype_float64()) return "float64";
   if (dtype == aoti_torch_dtype_int64()) return "int64";
   if (dtype == aoti_torch_dtype_int32()) return "int32";
   if (dtype == aoti_torch_dtype_int16()) return "int16";
@@ -106,6 +108,12 @@ bool interleaved(const View& a, const View& b) {
 
 }  // namespace
 
+const char* dtype_name(const Tensor& t) {
+  int32_t dtype = 0;
+  aoti_torch_get_dtype(t.get(), &dtype);
+  return name_of_shim_dtype(dtype);
+}
+
 std::string label(const char* argument, int index) {
   return index < 0 ? std::string(argument) : join(argument, "[", index, "]");
 }
@@ -126,9 +134,13 @@ std::string View::shape() const {
 }
 
 View floating_view(const char* op, const char* argument, const Tensor& t, int index) {
-  // A sparse tensor does not get here: the dispatcher has no kernel for it.
+  // Kernels registered at the autograd key are reached by sparse tensors too.
   DType found = DType::f32;
-  int32_t dtype = 0;
+  int32_t dtype = 0, layout = 0;
+  aoti_torch_get_layout(t.get(), &layout);
+  if (layout != aoti_torch_layout_strided()) {
+    type_error(op, label(argument, index), "be a dense tensor", "a sparse one");
+  }
   aoti_torch_get_dtype(t.get(), &dtype);
   if (dtype == aoti_torch_dtype_float32()) {
     found = DType::f32;

@@ -79,6 +79,9 @@ struct View {
 // Fails with a TypeError unless the tensor is of a floating dtype that the library computes with.
 View floating_view(const char* op, const char* argument, const Tensor& t, int index = -1);
 
+// For messages.
+const char* dtype_name(const Tensor& t);
+
 // "argument" or "argument[index]".
 std::string label(const char* argument, int index);
 

@@ -120,7 +120,7 @@ void FrameLauncher::noise(const std::optional<Tensor>& seed) {
   if (!seed.has_value()) return;
   int32_t dtype = 0;
   aoti_torch_get_dtype(seed->get(), &dtype);
-  if (dtype != aoti_torch_dtype_int64()) type_error(op_, "seed", "be an int64 tensor", "another dtype");
+  if (dtype != aoti_torch_dtype_int64()) type_error(op_, "seed", "be an int64 tensor", dtype_name(*seed));
   const View view = view_of(*seed, DType::f64);
   const bool shared = view.dims == 1 && view.sizes[0] == 2;
   const bool each = view.dims == 2 && view.sizes[0] == call.batch && view.sizes[1] == 2;

@@ -124,6 +124,15 @@ class Op:
             raise errors.translate(error, self.check, args) from None
         return self._on_other_backend(args)
 
+    def recover(self, error: Exception, args: tuple[Any, ...]) -> Any:
+        """What a failed call means: the definition for tensors of an old vmap, else an error that says what is wrong.
+
+        `torch.autograd.grad(is_grads_batched=True)` maps by a mechanism that cannot split lists of outputs.
+        """
+        if "Batching rule not implemented" in str(error):
+            return self.reference(*args)
+        raise errors.translate(error, self.check, args) from None
+
     def to_out(self, out: Tensor, *args: Any) -> Tensor:
         """The variant that writes into `out` (which may be an input) and returns it."""
         if _is_compiling():
@@ -258,7 +267,7 @@ def {name}({names}):
         if not asked and backends._forced is None and {first}.is_cpu and native is not None:
             return native({names})
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise translate(error, op.check, ({names},)) from None
+        return op.recover(error, ({names},))
     if asked:
         return {apply}
     return op.plain({names})
@@ -294,7 +303,6 @@ def _written_out(op: Op) -> tuple[Callable[..., Any], Callable[..., bool]]:
         "native": op.native,
         "eager": op.apply_eager,
         "backends": backends,
-        "translate": errors.translate,
         "is_compiling": _is_compiling,
         "functorch_active": _functorch_active,
         "forward_ad": _forward_ad,
