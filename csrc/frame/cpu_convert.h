@@ -48,6 +48,34 @@ MQ_INLINE uint16_t f16_of(float x) {
   return static_cast<uint16_t>(sign | h);
 }
 
+inline void load_bf16(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    _mm512_storeu_ps(to + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+  }
+#endif
+  for (; i < n; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
+}
+
+inline void store_bf16(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m512 x = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
+#endif
+  for (; i < n; ++i) to[i] = bf16_of(from[i]);
+}
+
 inline void load_f16(const uint16_t* from, float* to, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512F__)
@@ -79,9 +107,7 @@ inline void store_f16(const float* from, uint16_t* to, int64_t n) {
 inline void load_chunk(DType dtype, const void* from, float* to, int64_t n) {
   const uint16_t* half = static_cast<const uint16_t*>(from);
   switch (dtype) {
-    case DType::bf16:
-      for (int64_t i = 0; i < n; ++i) to[i] = float_of_bits(static_cast<uint32_t>(half[i]) << 16);
-      return;
+    case DType::bf16: return load_bf16(half, to, n);
     case DType::f16: return load_f16(half, to, n);
     case DType::f32: __builtin_memcpy(to, from, static_cast<size_t>(n) * 4); return;
     case DType::f64: return;  // never computed in float
@@ -95,9 +121,7 @@ inline void load_chunk(DType, const void* from, double* to, int64_t n) {
 inline void store_chunk(DType dtype, const float* from, void* to, int64_t n) {
   uint16_t* half = static_cast<uint16_t*>(to);
   switch (dtype) {
-    case DType::bf16:
-      for (int64_t i = 0; i < n; ++i) half[i] = bf16_of(from[i]);
-      return;
+    case DType::bf16: return store_bf16(from, half, n);
     case DType::f16: return store_f16(from, half, n);
     case DType::f32: __builtin_memcpy(to, from, static_cast<size_t>(n) * 4); return;
     case DType::f64: return;
