@@ -29,7 +29,7 @@ help: ## this list
 	@echo
 	@echo "    FULL=1            test: everything (about an hour); bench: all shapes"
 	@echo "    TORCH_SPEC=...    the torch to install (default $(TORCH_PINNED))"
-	@echo "    PIP_ARGS=...      for pip, e.g. '--extra-index-url https://download.pytorch.org/whl/cpu'"
+	@echo "    PIP_ARGS=...      for pip, e.g. --extra-index-url with the index of PyTorch's CPU wheels"
 	@echo "    VENV_ARGS=...     for venv; --system-site-packages takes the torch that is installed"
 	@echo "    PYTHON=...        the interpreter (default python3), CXX=... the compiler, MAX_JOBS=..."
 	@echo "    OPS=, DTYPE=, DEVICE=   which rows make bench measures;   PYTEST_ARGS= more for pytest"

@@ -23,8 +23,7 @@ _ADVICE = """
 marquardt is compiled against the torch that is already installed; it never downloads one.
 Install torch {minimum} or newer first, then repeat the command:
     pip install 'torch>={minimum}'
-or, for CPUs only and a much smaller download,
-    pip install 'torch>={minimum}' --index-url https://download.pytorch.org/whl/cpu
+There, for CPUs only, the index named on PyTorch's install page has a much smaller one.
 If torch is installed, this build cannot see it: repeat it without an environment of its own,
     pip install . --no-build-isolation
     uv pip install . --no-build-isolation

@@ -37,7 +37,7 @@ def gram_determinant(n, e, R):
 def lm_value(MODE: tl.constexpr, n, e, R, a, b):
     """(c0, c1); a, b = λ, κ, or a = γ in EXTRAPOLATE.
 
-    ε = 0 gives 0; κ = 0 or γ = 0, and λ = 0 with p ∥ ε, give the identity, except in PLAIN.
+    ε = 0 gives 0; κ = 0 or γ = 0, and λ = 0 with p ∥ ε, give the identity; in PLAIN the latter gives 0.
     """
     empty = n == 0
     G = gram_determinant(n, e, R)
@@ -62,7 +62,7 @@ def lm_value(MODE: tl.constexpr, n, e, R, a, b):
             c1 = tl.where(empty | identity, 0.0, -scale * B)
         else:
             M = tl.where(off, a + n, a + m)
-            zero = empty | (M == 0)
+            zero = empty | (Q == 0)
             M = tl.where(zero, 1.0, M)
             c0 = tl.where(zero, 0.0, tl.where(off, a, A) / M)
             c1 = tl.where(zero | off, 0.0, -B / M)
@@ -121,7 +121,7 @@ def lm_gradient(MODE: tl.constexpr, n, e, R, a, b, x, y):
             Fa = tl.where(zero, 0.0, Fa)
         else:
             M = tl.where(off, a + n, a + m)
-            none = empty | (M == 0)
+            none = empty | (a * a * n + b * b * G * (2.0 * a + m) == 0)
             inverse = 1.0 / tl.where(none, 1.0, M)
             z = x + b * y  # ⟨g, ε̃⟩
             between = n - a - b * b * R  # Et − A

@@ -136,9 +136,19 @@ MQ_INLINE Vec<double> load_as_double(const float* from) {
 
 // Lower half + upper half of a float vector, in double.
 MQ_INLINE Vec<double> fold_to_double(Vec<float> v) {
+#if defined(__AVX512DQ__)
+  const __m512 x = (__m512)v;
+  return (Vec<double>)_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
+                                    _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+#elif defined(__AVX2__)
+  const __m256 x = (__m256)v;
+  return (Vec<double>)_mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
+                                    _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+#else
   float lanes[kWidth<float>];
   store(lanes, v);
   return load_as_double(lanes) + load_as_double(lanes + kWidth<double>);
+#endif
 }
 
 }  // namespace marquardt::MQ_ISA

@@ -216,15 +216,19 @@ class FrameRunner {
     }
   }
 
-  // Adds the products of one chunk of the rows in `wanted` to acc.
-  void gram_chunk(int64_t b, int64_t chunk, uint32_t wanted, bool exact, const Scratch<T>& scratch,
-                  double (*acc)[kLanes]) const {
-    const int64_t begin = chunk * kChunk, n = call_.size - begin < kChunk ? call_.size - begin : kChunk;
-    const T* rows[kMaxVectors];
-    rows_of(b, begin, n, wanted, scratch, rows);
-    // Subsets are prefixes: maps ask for row 0 alone or for all rows.
-    const int count = wanted == 1u ? 1 : call_.rows;
-    kernels_.gram(rows, count, count == 1 ? 0 : call_.pairs, call_.gram, exact, n, acc);
+  // Adds the products of the rows in `wanted` over chunks [first, last) to acc.
+  void gram_chunks(int64_t b, int64_t first, int64_t last, uint32_t wanted, bool exact, const Scratch<T>& scratch,
+                   double (*acc)[kLanes]) const {
+    const int64_t stop = last * kChunk < call_.size ? last * kChunk : call_.size;
+    const int64_t step = in_place_ ? stop - first * kChunk : kChunk;
+    for (int64_t begin = first * kChunk; begin < stop; begin += step) {
+      const int64_t n = stop - begin < step ? stop - begin : step;
+      const T* rows[kMaxVectors];
+      rows_of(b, begin, n, wanted, scratch, rows);
+      // Subsets are prefixes: maps ask for row 0 alone or for all rows.
+      const int count = wanted == 1u ? 1 : call_.rows;
+      kernels_.gram(rows, count, count == 1 ? 0 : call_.pairs, call_.gram, exact, n, acc);
+    }
   }
 
   static void merge(const double (*acc)[kLanes], int entries, double* gram) {
@@ -240,7 +244,7 @@ class FrameRunner {
     double acc[kMaxGram][kLanes];
     const int entries = gram_entries(call_);
     __builtin_memset(acc, 0, sizeof(acc[0]) * static_cast<size_t>(entries));
-    for (int64_t chunk = 0; chunk < chunks_of(call_.size); ++chunk) gram_chunk(b, chunk, wanted, exact, scratch, acc);
+    gram_chunks(b, 0, chunks_of(call_.size), wanted, exact, scratch, acc);
     merge(acc, entries, gram);
   }
 
@@ -339,7 +343,7 @@ class FrameRunner {
           const uint32_t wanted = gram_rows(call_, parameters(b));
           auto* acc = reinterpret_cast<double (*)[kLanes]>(partial.data() + static_cast<size_t>(i) * per_chunk);
           __builtin_memset(acc, 0, per_chunk * sizeof(double));
-          if (wanted != 0u) gram_chunk(b, i % chunks, wanted, exact_, scratch, acc);
+          if (wanted != 0u) gram_chunks(b, i % chunks, i % chunks + 1, wanted, exact_, scratch, acc);
         }
       });
       for (int64_t s = 0; s < samples; ++s) {

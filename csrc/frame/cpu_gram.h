@@ -24,16 +24,12 @@ MQ_INLINE void load_frame(const T* const* rows, int64_t at, Vec<A>* frame) {
   for (int j = 0; j < Pairs; ++j) frame[2 * j + 1] -= frame[2 * j];
 }
 
-MQ_INLINE void add_lanes(Vec<float> sum, double* lanes) {
-  double partial[kWidth<double>];
-  store(partial, fold_to_double(sum));
-  for (int i = 0; i < kWidth<double>; ++i) lanes[i] += partial[i];
+MQ_INLINE void add_lanes(Vec<double> sum, double* lanes) {
+  store(lanes, load(lanes) + sum);
 }
 
-MQ_INLINE void add_lanes(Vec<double> sum, double* lanes) {
-  double partial[kWidth<double>];
-  store(partial, sum);
-  for (int i = 0; i < kWidth<double>; ++i) lanes[i] += partial[i];
+MQ_INLINE void add_lanes(Vec<float> sum, double* lanes) {
+  add_lanes(fold_to_double(sum), lanes);
 }
 
 // The rows of a tail, padded with zeros to whole vectors.
@@ -158,12 +154,19 @@ void gram_of(const T* const* rows, int count, int pairs, GramKind kind, int64_t 
   }
 }
 
+// Chunk after chunk: the sums of each are folded into double before the next begins.
 template <class T>
 void gram(const T* const* rows, int count, int pairs, GramKind kind, bool exact, int64_t n, double (*acc)[kLanes]) {
-  if (exact) {
-    gram_of<T, double>(rows, count, pairs, kind, n, acc);
-  } else {
-    gram_of<T, T>(rows, count, pairs, kind, n, acc);
+  const T* at[kMaxVectors];
+  for (int j = 0; j < count; ++j) at[j] = rows[j];
+  for (int64_t left = n; left > 0; left -= kChunk) {
+    const int64_t part = left < kChunk ? left : kChunk;
+    if (exact) {
+      gram_of<T, double>(at, count, pairs, kind, part, acc);
+    } else {
+      gram_of<T, T>(at, count, pairs, kind, part, acc);
+    }
+    for (int j = 0; j < count; ++j) at[j] += part;
   }
 }
 

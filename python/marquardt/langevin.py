@@ -113,21 +113,15 @@ def affine_step(
             [0., 0., 0.]])
     """
     terms, values = list(terms), list(coefficients)
-    if len(terms) != len(values) or not 1 <= len(terms) <= MAX_TERMS:
+    if not 0 < len(terms) == len(values) <= MAX_TERMS:
         _wrong_count(terms, values)
     drawn = None
-    if noise is not None:
-        _noise_given_once(generator, seed)
-        terms.append(noise)
-        values.append(noise_scale)
-    elif seed is not None or generator is not None or not _is_zero(noise_scale):
-        checks.floating("affine_step", "terms[0]", terms[0])
-        checks.batched("affine_step", "terms[0]", terms[0], batch_dims)
-        drawn = draw_seed("affine_step", terms[0], generator, seed, batch_dims)
-        values.append(noise_scale)
+    noisy = type(noise_scale) is not float or noise_scale != 0.0  # zero as a tensor is not looked into
+    if noisy or noise is not None or seed is not None or generator is not None:
+        drawn = _add_noise(terms, values, noise_scale, noise, generator, seed, batch_dims)
     for v in values:
         if type(v) is not float:
-            coef = _coef(terms, values, drawn is not None or noise is not None, batch_dims)
+            coef = _coef(terms, values, len(values) > len(coefficients), batch_dims)
             break
     else:
         coef = scalars.of_floats(tuple(values))  # type: ignore[arg-type]
@@ -136,9 +130,34 @@ def affine_step(
     return AFFINE.to_out(out, terms, coef, drawn, batch_dims)
 
 
-def _is_zero(scale: Scalar) -> bool:
-    """Only a host number can say that no noise is wanted: a tensor is not looked into."""
-    return not isinstance(scale, torch.Tensor) and not isinstance(scale, torch.SymFloat) and scale == 0
+def _add_noise(
+    terms: list[Tensor],
+    values: list[Scalar],
+    scale: Scalar,
+    noise: Tensor | None,
+    generator: Generator,
+    seed: Tensor | int | None,
+    batch_dims: int,
+) -> Tensor | None:
+    """Appends the noise and its scale: as one more term if it is given, else as a seed, which is returned."""
+    if noise is not None:
+        for name, given in (("generator", generator), ("seed", seed)):
+            if given is not None:
+                raise errors.value("affine_step", "noise", f"come without {name}", "both")
+        terms.append(noise)
+        values.append(scale)
+        return None
+    if (
+        seed is None
+        and generator is None
+        and not isinstance(scale, (torch.Tensor, torch.SymFloat))
+        and scale == 0
+    ):
+        return None
+    checks.floating("affine_step", "terms[0]", terms[0])
+    checks.batched("affine_step", "terms[0]", terms[0], batch_dims)
+    values.append(scale)
+    return draw_seed("affine_step", terms[0], generator, seed, batch_dims)
 
 
 def _coef(terms: list[Tensor], values: list[Scalar], noisy: bool, batch_dims: int) -> Tensor:
@@ -154,9 +173,3 @@ def _wrong_count(terms: list[Tensor], values: list[Scalar]) -> None:
     if not 1 <= len(terms) <= MAX_TERMS:
         raise errors.value("affine_step", "terms", f"hold 1 to {MAX_TERMS} tensors", len(terms))
     raise errors.value("affine_step", "coefficients", f"hold one per term ({len(terms)})", len(values))
-
-
-def _noise_given_once(generator: Any, seed: Any) -> None:
-    for name, given in (("generator", generator), ("seed", seed)):
-        if given is not None:
-            raise errors.value("affine_step", "noise", f"come without {name}", "both")
