@@ -13,6 +13,8 @@ TRITON_SPEC ?= $(if $(filter x86_64,$(shell uname -m)),$(if $(filter $(TORCH_PIN
 
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest $(if $(filter-out 0,$(FULL)),--full,-m "not full") $(PYTEST_ARGS)
+# The cases of the CPU kernels, given to the Triton kernels: all of them take four minutes through the interpreter.
+SHARED_CASES := $(if $(FULL),(accuracy or strides or dtypes) and not full,dtypes and not full)
 SETUP = $(PYTHON) build_tools/environment.py --venv "$(VENV)" --venv-args="$(VENV_ARGS)" --pip-args="$(PIP_ARGS)" \
 	--torch-spec "$(TORCH_SPEC)" --triton-spec "$(TRITON_SPEC)"
 SOURCES := python triton_kernels tests bench build_tools setup.py
@@ -45,6 +47,7 @@ test: ## lint and tests (FULL=1: all of them)
 	echo "[5/6] Triton kernels through the interpreter"; \
 	if $(RUN) -c "import triton" 2>/dev/null; \
 	then TRITON_INTERPRET=1 $(PYTEST) tests/triton || failed=1; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest -m "$(SHARED_CASES)" $(PYTEST_ARGS) tests/test_hessian.py tests/test_langevin.py || failed=1; \
 	else echo "    skipped: triton is not installed"; fi; \
 	echo "[6/6] tests"; \
 	$(PYTEST) tests --ignore=tests/triton || failed=1; \
