@@ -75,17 +75,15 @@ def _folded(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], ar
     result = call(*folded)
 
     def unfold(t: Any) -> Any:
-        """[V·B, ...] -> [V, B, ...]; per-sample scalars of an unbatched call are [V, 1, m]."""
+        """[V·B, ...] -> [V, B, ...]; an unbatched call has nothing to unfold."""
         if isinstance(t, (list, tuple)):
             return type(t)(unfold(member) for member in t)
-        if t.numel() == 0 and t.dim() == 1:
-            return t.expand(size, 0)
-        scalars = t.dtype == torch.float64 and t.dim() == 2 and not batch_dims and t.shape[0] == size
-        if batch_dims or (scalars and op.name.endswith("_backward") and t is not result[0]):
-            return t.unflatten(0, (size, batch))
-        return t
+        return t.unflatten(0, (size, batch)) if batch_dims else t
 
-    return unfold(result)
+    if not op.returns_scalars:
+        return unfold(result)
+    *tensors, d_coef = result  # per-sample scalars have a batch dimension also in an unbatched call
+    return (*unfold(tensors), d_coef.unflatten(0, (size, batch)) if d_coef.dim() == 2 else d_coef.expand(size, 0))
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any]) -> int:

@@ -70,6 +70,7 @@ class Op:
         backward: Callable[..., Any] | None = None,
         jvp: Callable[..., Any] | None = None,
         out: bool = False,
+        returns_scalars: bool = False,
     ) -> None:
         """
         schema      `name(...) -> ...` of the traced op
@@ -80,12 +81,13 @@ class Op:
                     None: derived from the reference
         jvp         jvp(call, tangents, *args) -> tangents of the outputs; None: derived from the reference
         out         whether C++ has `<name>_out` too
+        returns_scalars  whether the last output holds numbers per sample, [B, m]
         """
         self.name, self.arguments = parse_schema(schema)
         self.reference, self.fake, self.check = reference, fake, check
         self.backward = backward or functools.partial(_backward_of_reference, self)
         self.jvp = jvp or functools.partial(_jvp_of_reference, self)
-        self.has_out = out
+        self.has_out, self.returns_scalars = out, returns_scalars
         kinds = [a.kind for a in self.arguments]
         self.list_at = kinds.index("list") if "list" in kinds else None
         self.tensors = len(kinds) - kinds.count("value")  # tensors come first, values behind

@@ -92,6 +92,7 @@ BACKWARD = Op(
     reference=reference.lm_direction_backward,
     fake=_fake_backward,
     check=checks.lm_direction_backward,
+    returns_scalars=True,
 )
 JVP = Op(
     "lm_direction_jvp(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int variant,"

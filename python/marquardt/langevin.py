@@ -72,6 +72,7 @@ BACKWARD = Op(
     reference=reference.affine_step_backward,
     fake=_fake_backward,
     check=checks.affine_step_backward,
+    returns_scalars=True,
 )
 
 
