@@ -83,7 +83,10 @@ def _folded(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], ar
     if not op.returns_scalars:
         return unfold(result)
     *tensors, d_coef = result  # per-sample scalars have a batch dimension also in an unbatched call
-    return (*unfold(tensors), d_coef.unflatten(0, (size, batch)) if d_coef.dim() == 2 else d_coef.expand(size, 0))
+    return (
+        *unfold(tensors),
+        d_coef.unflatten(0, (size, batch)) if d_coef.dim() == 2 else d_coef.expand(size, 0),
+    )
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any]) -> int:

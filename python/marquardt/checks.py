@@ -30,6 +30,7 @@ MAX_TERMS = 9  # eight terms and an explicit noise
 
 
 def name(dtype: torch.dtype) -> str:
+    """`float32` of `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -58,6 +59,7 @@ def like(op: str, argument: str, t: Any, first: str, state: Tensor) -> None:
 
 
 def batched(op: str, argument: str, t: Tensor, batch_dims: int) -> None:
+    """One or no batch dimension, and a tensor that has it."""
     if batch_dims not in (0, 1):
         raise errors.value(op, "batch_dims", "be 0 or 1", batch_dims)
     if t.dim() < batch_dims:
@@ -101,6 +103,7 @@ def lm_scalars(op: str, coef: Any, mode: int) -> None:
 
 
 def lm_direction(eps: Any, prev: Any, coef: Any, mode: int, batch_dims: int) -> None:
+    """What `lm_direction` takes."""
     op = "lm_direction"
     floating(op, "eps", eps)
     batched(op, "eps", eps, batch_dims)
@@ -113,6 +116,7 @@ def lm_direction(eps: Any, prev: Any, coef: Any, mode: int, batch_dims: int) -> 
 
 
 def lm_direction_backward(grad: Any, eps: Any, prev: Any, coef: Any, mode: int, batch_dims: int) -> None:
+    """What its vector–Jacobian product takes."""
     lm_direction(eps, prev, coef, mode, batch_dims)
     like("lm_direction_backward", "grad", grad, "eps", eps)
 
@@ -120,6 +124,7 @@ def lm_direction_backward(grad: Any, eps: Any, prev: Any, coef: Any, mode: int, 
 def lm_direction_jvp(
     eps: Any, prev: Any, coef: Any, eps_t: Any, prev_t: Any, coef_t: Any, mode: int, batch_dims: int
 ) -> None:
+    """What its Jacobian–vector product takes."""
     lm_direction(eps, prev, coef, mode, batch_dims)
     like("lm_direction_jvp", "eps_t", eps_t, "eps", eps)
     like("lm_direction_jvp", "prev_t", prev_t, "eps", eps)
@@ -141,6 +146,7 @@ def seed(op: str, seed: Tensor | None, state: Tensor, batch_dims: int) -> None:
 
 
 def affine_step(terms: Sequence[Any], coef: Any, seed_: Tensor | None, batch_dims: int) -> None:
+    """What `affine_step` takes."""
     op = "affine_step"
     if not 1 <= len(terms) <= MAX_TERMS:
         raise errors.value(op, "terms", f"hold 1 to {MAX_TERMS - 1} tensors", len(terms))
@@ -167,6 +173,7 @@ def affine_step_backward(
     want_coef: bool,
     batch_dims: int,
 ) -> None:
+    """What its vector–Jacobian product takes."""
     affine_step(terms, coef, seed_, batch_dims)
     like("affine_step_backward", "grad", grad, "terms[0]", terms[0])
 

@@ -32,7 +32,6 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
 _vjp: Any = torch.func.vjp  # whose stubs know only the form with auxiliary outputs
-_jvp: Any = torch.func.jvp
 
 registry: dict[str, Op] = {}
 
@@ -344,11 +343,13 @@ def _backward_of_reference(
 
 
 def _jvp_of_reference(op: Op, call: Any, tangents: Sequence[Any], *args: Any) -> Any:
-    """Tangents of the definition itself."""
+    """Tangents of the definition itself, from two backward products: forward mode cannot be nested."""
     function, tensors, positions = _on_tensors(op, args)
     flat = op.flatten(tangents)
     moved = tuple(
         torch.zeros_like(t) if flat[i] is None else flat[i] for i, t in zip(positions, tensors, strict=True)
     )
-    _, out = _jvp(function, tuple(tensors), moved)
+    outputs, pullback = _vjp(function, *tensors)
+    _, along = _vjp(pullback, tuple(torch.zeros_like(o) for o in outputs))
+    (out,) = along(moved)
     return out if len(out) > 1 else out[0]
