@@ -134,7 +134,7 @@ std::string View::shape() const {
 }
 
 View floating_view(const char* op, const char* argument, const Tensor& t, int index) {
-  // Kernels registered at the autograd key are reached by sparse tensors too.
+  // A sparse tensor among dense ones may get here.
   DType found = DType::f32;
   int32_t dtype = 0, layout = 0;
   aoti_torch_get_layout(t.get(), &layout);
@@ -290,8 +290,16 @@ void check_overlap(const char* op, const View& out, const View& input) {
 }
 
 void check_writable(const char* op, const View& out) {
+  // In the order of strides each dimension must step over all that the smaller ones reach.
+  int64_t order[kMaxDims], count = 0, reach = 0;
   for (int64_t d = 0; d < out.dims; ++d)
-    if (out.sizes[d] > 1 && out.strides[d] == 0) value_error(op, "out", "have no repeated elements", "stride 0");
+    if (out.sizes[d] > 1) order[count++] = d;
+  std::sort(order, order + count, [&](int64_t a, int64_t b) { return out.strides[a] < out.strides[b]; });
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t stride = out.strides[order[i]];
+    if (stride <= reach) value_error(op, "out", "have no repeated elements", join("stride ", stride));
+    reach += (out.sizes[order[i]] - 1) * stride;
+  }
 }
 
 }  // namespace marquardt

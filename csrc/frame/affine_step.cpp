@@ -98,10 +98,3 @@ STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
   m.impl("_affine_step_out", TORCH_BOX(&marquardt::affine_step_out));
   m.impl("_affine_step_backward", TORCH_BOX(&marquardt::backward));
 }
-
-// Straight at the autograd key: without an entry here every call would pass a fallback that only looks for
-// gradients (0.5 of a torch.add). The variants with `out` take it, because it counts the version of `out`.
-STABLE_TORCH_LIBRARY_IMPL(marquardt, AutogradCPU, m) {
-  m.impl("_affine_step", TORCH_BOX(&marquardt::affine_step));
-  m.impl("_affine_step_backward", TORCH_BOX(&marquardt::backward));
-}

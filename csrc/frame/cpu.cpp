@@ -20,7 +20,8 @@ const FrameKernels& frame_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
       return avx512::frame_kernels;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::frame_kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      return avx2::frame_kernels;
     return baseline::frame_kernels;
   }();
   return best;

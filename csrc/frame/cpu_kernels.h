@@ -14,7 +14,7 @@ constexpr int kLanes = 8;
 template <class T>
 struct TypedFrameKernels {
   // acc[e][lane] += products of the rows over n elements, for the entries of `kind`, folded after every kChunk.
-  // `pairs` as in FrameCall. `exact` takes products and sums in double.
+  // `pairs` as in FrameCall, for up to four rows. `exact` takes products and sums in double.
   void (*gram)(const T* const* rows, int count, int pairs, GramKind kind, bool exact, int64_t n, double (*acc)[kLanes]);
   // outs[i][:n] = Σ_j c[i·count + j]·rows[j][:n]. `streaming` writes past the caches.
   void (*apply)(const T* const* rows, int count, int pairs, const T* c, int outputs, T* const* outs, int64_t n,

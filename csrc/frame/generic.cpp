@@ -120,6 +120,7 @@ Tensor frame_map_rows(int64_t op, int64_t mode, const Tensor& gram, const Tensor
   if (mode < 0 || mode > 2) value_error(name, "variant", "be 0, 1 or 2", mode);
   const int m = lm_parameters(static_cast<int>(mode));
   const Matrix g = matrix_of(name, "gram", gram, 0), p = matrix_of(name, "coef", coef, 0);
+  if (g.stride != 0 || p.stride != 0) value_error(name, "gram", "be a matrix, as coef", "three dimensions");
   const int64_t columns = op == 1 ? 3 : op == 2 ? 5 : 6, parameters = op == 3 ? 2 * m : m;
   if (g.columns != columns) value_error(name, "gram", join("have ", columns, " columns"), g.columns);
   if (p.columns != parameters || p.rows != g.rows) {

@@ -138,11 +138,3 @@ STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
   m.impl("_lm_direction_backward", TORCH_BOX(&marquardt::backward));
   m.impl("_lm_direction_jvp", TORCH_BOX(&marquardt::jvp));
 }
-
-// Straight at the autograd key: without an entry here every call would pass a fallback that only looks for
-// gradients (0.5 of a torch.add). The variants with `out` take it, because it counts the version of `out`.
-STABLE_TORCH_LIBRARY_IMPL(marquardt, AutogradCPU, m) {
-  m.impl("_lm_direction", TORCH_BOX(&marquardt::lm_direction));
-  m.impl("_lm_direction_backward", TORCH_BOX(&marquardt::backward));
-  m.impl("_lm_direction_jvp", TORCH_BOX(&marquardt::jvp));
-}

@@ -90,13 +90,21 @@ MQ_HOST_DEVICE inline LmDerivatives lm_derivatives(int mode, double n, double e,
 // Rows (ε, r, g) -> (d_eps, d_prev), scalars d_parameters. With F = c0⟨g,ε⟩ + c1⟨g,r⟩:
 // r̄ = c1 g + F_e ε + 2F_R r = d_prev;  d_eps = c0 g + 2F_n ε + F_e r − r̄.
 MQ_HOST_DEVICE inline void lm_backward_map(int mode, const double* gram, const double* p, FrameMap& map, double* d_p) {
-  const double n = gram[0], e = gram[1], R = gram[2], ge = gram[3], gr = gram[4];
+  // At κ = 0 prev may hold anything: only the derivative of κ itself looks at it.
+  const bool reads = lm_reads_prev(mode, p);
+  const int last = lm_parameters(mode) - 1;
+  const double n = gram[0], ge = gram[3];
+  const double e = reads ? gram[1] : 0.0, R = reads ? gram[2] : 0.0, gr = reads ? gram[4] : 0.0;
   const LmDerivatives c = lm_derivatives(mode, n, e, R, p);
   double F[5];
   for (int i = 0; i < 5; ++i) F[i] = c.c0.d[i] * ge + c.c1.d[i] * gr;
-  for (int i = 0; i < lm_parameters(mode); ++i) d_p[i] = F[3 + i];
+  for (int i = 0; i <= last; ++i) d_p[i] = F[3 + i];
+  if (!reads) {
+    const LmDerivatives full = lm_derivatives(mode, n, gram[1], gram[2], p);
+    d_p[last] = full.c0.d[3 + last] * ge + full.c1.d[3 + last] * gram[4];
+  }
 
-  if (!lm_reads_prev(mode, p) && mode != kPlain) {  // the identity: prev must not be touched
+  if (!reads && mode != kPlain) {  // the identity: prev must not be touched
     map.c[0][0] = map.c[0][1] = 0.0;
     map.c[0][2] = n == 0.0 ? 0.0 : 1.0;
     map.used = 4u;
@@ -110,7 +118,7 @@ MQ_HOST_DEVICE inline void lm_backward_map(int mode, const double* gram, const d
   map.c[1][1] = 2.0 * F[2];
   map.c[1][2] = c.c1.v;
   map.used = 7u;
-  if (!lm_reads_prev(mode, p)) {  // κ = 0 without renormalisation: out = λ/(λ+n)·ε
+  if (!reads) {  // κ = 0 without renormalisation: out = λ/(λ+n)·ε
     map.c[0][0] = 2.0 * F[0];
     map.c[0][1] = 0.0;
     map.c[0][2] = c.c0.v;
@@ -122,8 +130,10 @@ MQ_HOST_DEVICE inline void lm_backward_map(int mode, const double* gram, const d
 // Rows (ε, r, ε', r') -> out' with ṅ = 2⟨ε,ε'⟩, ė = ⟨ε',r⟩ + ⟨ε,r'⟩, Ṙ = 2⟨r,r'⟩; p = (parameters, tangents).
 MQ_HOST_DEVICE inline void lm_jvp_map(int mode, const double* dot, const double* p, FrameMap& map) {
   const int m = lm_parameters(mode);
-  const LmDerivatives c = lm_derivatives(mode, dot[0], dot[1], dot[2], p);
-  const double tangent[5] = {dot[3], dot[4], dot[5], p[m], m == 2 ? p[m + 1] : 0.0};
+  const bool reads = lm_reads_prev(mode, p) || p[2 * m - 1] != 0.0;  // a tangent of κ brings prev in even at κ = 0
+  const double e = reads ? dot[1] : 0.0, R = reads ? dot[2] : 0.0;
+  const LmDerivatives c = lm_derivatives(mode, dot[0], e, R, p);
+  const double tangent[5] = {dot[3], reads ? dot[4] : 0.0, reads ? dot[5] : 0.0, p[m], m == 2 ? p[m + 1] : 0.0};
   double t0 = 0.0, t1 = 0.0;
   for (int i = 0; i < 5; ++i) {
     t0 += c.c0.d[i] * tangent[i];
@@ -134,9 +144,7 @@ MQ_HOST_DEVICE inline void lm_jvp_map(int mode, const double* dot, const double*
   map.c[0][2] = c.c0.v;
   map.c[0][3] = c.c1.v;
   map.used = 15u;
-  bool moves = false;  // a tangent of κ brings prev in even at κ = 0
-  for (int i = 0; i < m; ++i) moves = moves || p[m + i] != 0.0;
-  if (!lm_reads_prev(mode, p) && !moves) {
+  if (!reads) {
     map.c[0][1] = map.c[0][3] = 0.0;
     map.used = 5u;
     if (mode != kPlain) {

@@ -165,6 +165,35 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _draws_noise(kwargs: dict[str, Any]) -> bool:
+    scale = kwargs.get("noise_scale", 0.0)
+    drawn = isinstance(scale, Tensor) or scale != 0 or kwargs.get("seed") is not None
+    return (drawn or kwargs.get("generator") is not None) and kwargs.get("noise") is None
+
+
+def _copies(tensors: list[tuple[str, Tensor]], batch_dims: int, noisy: bool) -> tuple[str, ...]:
+    """Inputs that do not lie in the order in which the kernel walks a sample: that of the first, or row-major."""
+    from .layout import is_dense
+
+    def sample(t: Tensor) -> Tensor:
+        return t.select(0, 0) if batch_dims and t.shape[0] else t
+
+    def steps(t: Tensor) -> list[int]:
+        return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+    first = tensors[0][1]
+    walk = sample(first)
+    why = f"the order of the first tensor {tuple(first.stride())}"
+    if noisy or not is_dense(walk):
+        walk = torch.empty(walk.shape, device="meta")
+        why = "row-major order, in which noise is counted" if noisy else "row-major order"
+    return tuple(
+        f"{label} (strides {tuple(t.stride())}, not in {why})"
+        for label, t in tensors
+        if t.shape == first.shape and t.numel() and steps(sample(t)) != steps(walk)
+    )
+
+
 def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run `op(*args, **kwargs)`, and why the others would not. Nothing is computed.
 
@@ -173,7 +202,6 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     True
     """
     from .declare import registry
-    from .layout import is_dense
 
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     if name not in registry:
@@ -192,15 +220,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     why = reasons(name, first.device)
     candidates = [forced()] if forced() else list(NAMES)
     backend = next((n for n in candidates if n and why[n] is None), None)
-    copies = []
-    for label, t in tensors:
-        if t.shape != first.shape:
-            continue
-        inner = t[0] if t.dim() > 1 and t.shape[0] else t
-        if not is_dense(inner):
-            copies.append(f"{label} (strides {tuple(t.stride())} leave gaps or repeat within a sample)")
-        elif t.stride()[1:] != first.stride()[1:] and is_dense(first[0] if first.dim() > 1 else first):
-            copies.append(
-                f"{label} (strides {tuple(t.stride())} differ from the first tensor's {tuple(first.stride())})"
-            )
-    return Explanation(name, backend, why, tuple(copies))
+    copies = (
+        _copies(tensors, kwargs.get("batch_dims", 1), _draws_noise(kwargs)) if backend != "reference" else ()
+    )
+    return Explanation(name, backend, why, copies)

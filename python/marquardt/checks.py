@@ -75,7 +75,7 @@ def coefficients(op: str, coef: Any, columns: int, state: Tensor, batch_dims: in
         raise errors.value(op, "coef", f"have shape [{columns}] or [{batch}, {columns}]", list(coef.shape))
     if coef.dim() == 1 and coef.device.type not in ("cpu", "meta"):
         raise errors.value(op, "coef", "be on the CPU when it is shared by the batch", coef.device)
-    if coef.dim() == 2 and coef.device != state.device:
+    if coef.dim() == 2 and coef.device != state.device and state.device.type != "mps":  # which has no float64
         raise errors.value(op, "coef", f"be on the data's device ({state.device})", coef.device)
 
 
@@ -188,8 +188,11 @@ def out(op: str, out_: Any, first: str, state: Tensor, inputs: Sequence[Tensor |
         raise errors.kind(op, "out", f"have the dtype of {first} ({name(state.dtype)})", name(out_.dtype))
     if out_.device != state.device:
         raise errors.value(op, "out", f"be on the device of {first} ({state.device})", out_.device)
-    if any(size > 1 and stride == 0 for size, stride in zip(out_.shape, out_.stride(), strict=True)):
-        raise errors.value(op, "out", "have no repeated elements", "stride 0")
+    reach = 0
+    for stride, size in sorted((t, s) for s, t in zip(out_.shape, out_.stride(), strict=True) if s > 1):
+        if stride <= reach:
+            raise errors.value(op, "out", "have no repeated elements", f"stride {stride}")
+        reach += (size - 1) * stride
     for t in inputs:
         if t is not None and _partial_overlap(out_, t):
             raise errors.value(
@@ -212,7 +215,27 @@ def _partial_overlap(a: Tensor, b: Tensor) -> bool:
         or type(b) is not Tensor
     ):
         return False
-    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype:
+    if torch._C._functorch.is_functorch_wrapped_tensor(a) or torch._C._functorch.is_functorch_wrapped_tensor(
+        b
+    ):
+        return False
+    steps_a, steps_b = ([t for s, t in zip(x.shape, x.stride(), strict=True) if s > 1] for x in (a, b))
+    same_steps = a.dtype == b.dtype and steps_a == steps_b
+    if a.data_ptr() == b.data_ptr() and same_steps:
         return False
     first, second = _span(a), _span(b)
-    return first[0] < second[1] and second[0] < first[1]
+    if not (first[0] < second[1] and second[0] < first[1]):
+        return False
+    return not (same_steps and _interleaved(a, abs(first[0] - second[0])))
+
+
+def _interleaved(t: Tensor, distance: int) -> bool:
+    """Whether a view like `t`, `distance` bytes away, lies beside it as channel slices do."""
+    dims = [(stride, size) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    if not dims:
+        return False
+    outer = max(dims)[0] * t.element_size()
+    length = (
+        1 + sum((size - 1) * stride for stride, size in dims if stride != max(dims)[0])
+    ) * t.element_size()
+    return distance % outer >= length and outer - distance % outer >= length

@@ -31,9 +31,15 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
+_increment_version = torch._C._increment_version
 _vjp: Any = torch.func.vjp  # whose stubs know only the form with auxiliary outputs
 
 registry: dict[str, Op] = {}
+
+_NO_GRADIENT = (
+    "{}: out= does not support automatic differentiation, but one of the arguments requires grad; call it under "
+    "torch.no_grad() or without out="
+)
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,13 @@ class Op:
     def to_out(self, out: Tensor, *args: Any) -> Tensor:
         """The variant that writes into `out` (which may be an input) and returns it."""
         if _is_compiling():
-            self.check(*args)
+            self._check_out(out, *args)
+            if _is_grad_enabled() and (self.asks_gradient(*args) or out.requires_grad):
+                raise RuntimeError(_NO_GRADIENT.format(self.name))
             self.traced_out(*args, out=out)
             return out
         if _functorch_active() or _forward_ad._current_level >= 0:
+            self._check_out(out, *args)
             return out.copy_(self(*args))
         first = args[0][0] if type(args[0]) is list and args[0] else args[0]
         asked = False
@@ -148,14 +157,13 @@ class Op:
             asked = _is_grad_enabled() and (self.asks_gradient(*args) or out.requires_grad)
             if not asked and backends._forced is None and first.is_cpu and self.native is not None:
                 self.native_out(*args, out)
+                if not out.is_inference():
+                    _increment_version((out,))  # whoever saved `out` for a backward must notice
                 return out
         except (RuntimeError, AttributeError, TypeError) as error:
             raise errors.translate(error, functools.partial(self._check_out, out), args) from None
         if asked:
-            raise RuntimeError(
-                f"{self.name}: out= does not support automatic differentiation, but one of the arguments "
-                "requires grad; call it under torch.no_grad() or without out="
-            )
+            raise RuntimeError(_NO_GRADIENT.format(self.name))
         self._check_out(out, *args)
         return out.copy_(self.plain(*args))
 
@@ -250,6 +258,8 @@ class Op:
             torch.library.register_fake(f"{qualified}_out", self._fake_out, lib=_library)
         if _native.why_not() is None:
             raw = f"{NAMESPACE}::_{self.name}"
+            # Without an entry every call would pass a fallback that only looks for gradients: 0.5 of a torch.add.
+            _library.impl(f"_{self.name}", torch.library.fallthrough_kernel, "AutogradCPU")
             torch.library.register_fake(raw, fake, lib=_library)
             torch.library.register_vmap(raw, functools.partial(batching.vmap_raw, self), lib=_library)
 

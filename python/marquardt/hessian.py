@@ -122,8 +122,9 @@ def lm_direction(
         out = u · ‖eps‖ / ‖u‖        (`keep_norm=False`: u itself)
 
     evaluated through the residual prev − eps, so that it is exact to rounding for every κ, λ and correlation. κ = 0
-    or no `prev` gives `eps` back, bit for bit. With `extrapolation=γ` instead of damping and kappa it is the limit
-    of small damping: ‖eps‖ d/‖d‖ with d = eps + γ (eps − prev) less its part along eps.
+    or no `prev` gives `eps` back, bit for bit (with `keep_norm=False` λ/(λ + ‖eps‖²)·eps). With `extrapolation=γ`
+    instead of damping and kappa it is the limit of small damping: ‖eps‖ d/‖d‖ with d = eps + γ (eps − prev) less
+    its part along eps.
 
     Args:
         eps: [B, *sample] (or [*sample] with `batch_dims=0`), the current direction.

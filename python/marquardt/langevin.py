@@ -113,6 +113,8 @@ def affine_step(
     tensor([[1., 1., 1.],
             [0., 0., 0.]])
     """
+    if isinstance(terms, torch.Tensor):
+        raise errors.kind("affine_step", "terms", "be a list of tensors", "a tensor")
     terms, values = list(terms), list(coefficients)
     if not 0 < len(terms) == len(values) <= MAX_TERMS:
         _wrong_count(terms, values)

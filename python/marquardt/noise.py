@@ -20,7 +20,7 @@ def draw_seed(op: str, x: Tensor, generator: Generator, seed: Tensor | int | Non
         if generator is not None:
             raise errors.value(op, "seed", "come without generator", "both")
         if isinstance(seed, Tensor):
-            return seed
+            return seed.contiguous()
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise errors.kind(op, "seed", "be an int or an int64 tensor", type(seed).__name__)
         if not -(2**63) <= seed < 2**63:

@@ -36,7 +36,7 @@ def of_floats(values: tuple[float, ...]) -> Tensor:
 def _remember(values: tuple[float, ...]) -> Tensor:
     with torch.inference_mode(False):  # it may be saved for a backward later
         made = torch.tensor(values, dtype=torch.float64, device="cpu")
-    if type(made) is Tensor:
+    if type(made) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made):
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[values] = made

@@ -56,7 +56,7 @@ def lm_coefficients(mode: int, n: Tensor, e: Tensor, R: Tensor, coef: Tensor) ->
 
 def _needs_grad(coef: Tensor) -> Tensor:
     """Whether a derivative to the scalars is asked: then κ = 0 is a point like any other."""
-    asked = coef.requires_grad
+    asked = coef.requires_grad and torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
         asked = asked or torch._C._functorch.is_functorch_wrapped_tensor(coef)
     return torch.full((), asked, dtype=torch.bool, device=coef.device)
@@ -90,7 +90,10 @@ def lm_direction(eps: Tensor, prev: Tensor | None, coef: Tensor, mode: int, batc
     unread = (coef[:, -1] == 0) & ~_needs_grad(coef)  # prev may hold anything
     r = torch.where(unread[:, None], torch.zeros_like(x), r)
     c0, c1 = lm_coefficients(mode, *_dots(x, r), coef)
-    return frame.store(_combine([c0, c1], [x, r]), eps)
+    out = _combine([c0, c1], [x, r])
+    if mode != PLAIN:
+        out = torch.where(unread[:, None], x, out)  # the sign of −0 too
+    return frame.store(out, eps)
 
 
 def lm_direction_backward(
@@ -105,14 +108,20 @@ def lm_direction_backward(
     x, r = _frame(eps, prev, batch_dims)
     g = frame.flatten(grad, batch_dims).to(x.dtype)
     coef = frame.scalars(coef, x.shape[0], x.device).clone()
-    (c0, c1), pullback = _vjp(lambda *inputs: lm_coefficients(mode, *inputs), *_dots(x, r), coef)
-    F_n, F_e, F_R, d_coef = pullback((frame.dot(g, x), frame.dot(g, r)))
-
-    unread = (
-        coef[:, -1] == 0
-    )  # κ = 0: the identity, or λ/(λ+n) ε without renormalisation; prev may hold anything
+    # κ = 0: the identity, or λ/(λ+n) ε without renormalisation; prev may hold anything.
+    unread = coef[:, -1] == 0
     identity = unread if mode != PLAIN else torch.zeros_like(unread)
+
+    def derivatives(r: Tensor) -> Any:
+        """(c0, c1), (F_n, F_e, F_R, F_coef)"""
+        values, pullback = _vjp(lambda *inputs: lm_coefficients(mode, *inputs), *_dots(x, r), coef)
+        return values, pullback((frame.dot(g, x), frame.dot(g, r)))
+
+    d_kappa = derivatives(r)[1][3][:, -1]  # the only one that looks at prev also at κ = 0
     r = torch.where(unread[:, None], torch.zeros_like(r), r)
+    (c0, c1), (F_n, F_e, F_R, d_coef) = derivatives(r)
+    d_coef = torch.cat([d_coef[:, :-1], torch.where(unread, d_kappa, d_coef[:, -1])[:, None]], dim=1)
+
     x = torch.where(identity[:, None], torch.zeros_like(x), x)
     zero, kept = torch.zeros_like(c0), (frame.dot(*_pair(eps, batch_dims)) != 0).to(c0.dtype)
 
@@ -144,6 +153,8 @@ def lm_direction_jvp(
     """Jacobian–vector product of `lm_direction`: c0 ε' + c1 r' + c0' ε + c1' r."""
     (x, r), (x_t, r_t) = _frame(eps, prev, batch_dims), _frame(eps_t, prev_t, batch_dims)
     coef, coef_t = (frame.scalars(c, x.shape[0], x.device).clone() for c in (coef, coef_t))
+    unread = (coef[:, -1] == 0) & (coef_t[:, -1] == 0)
+    r, r_t = (torch.where(unread[:, None], torch.zeros_like(t), t) for t in (r, r_t))
     n, e, R = _dots(x, r)
     moved = (2 * frame.dot(x, x_t), frame.dot(x_t, r) + frame.dot(x, r_t), 2 * frame.dot(r, r_t), coef_t)
 
@@ -152,9 +163,7 @@ def lm_direction_jvp(
     _, along = _vjp(pullback, (torch.zeros_like(c0), torch.zeros_like(c1)))
     ((c0_t, c1_t),) = along(moved)
 
-    unread = (coef[:, -1] == 0) & (coef_t == 0).all(1)
     if mode != PLAIN:
         c0, c0_t = torch.where(unread & (n != 0), torch.ones_like(c0), c0), torch.where(unread, 0 * n, c0_t)
     c1, c1_t = torch.where(unread, torch.zeros_like(c1), c1), torch.where(unread, torch.zeros_like(c1), c1_t)
-    r, r_t = (torch.where(unread[:, None], torch.zeros_like(t), t) for t in (r, r_t))
     return frame.store(_combine([c0, c1, c0_t, c1_t], [x_t, r_t, x, r]), eps)
