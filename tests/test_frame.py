@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cases
+import marquardt  # noqa: F401  (registers the operators)
 import oracle
 from harness import arena, assert_within, native_only, same_bits
 from harness.compare import rows
