@@ -2,7 +2,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <memory>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -36,8 +36,9 @@ const char* frame_cpu_isa() {
 
 namespace {
 
-// Below this many bytes of traffic a second thread costs more than it brings (measured: CONTRIBUTING.md).
+// Below this many bytes of traffic one thread does it all: waking a second costs more than it brings.
 constexpr int64_t kSerialBytes = 256 << 10;
+
 // The cache that a core has to itself.
 int64_t core_cache_bytes() {
   static const int64_t bytes = [] {
@@ -90,6 +91,10 @@ template <class T>
 class FrameRunner {
  public:
   explicit FrameRunner(const FrameCall& call) : call_(call), kernels_(kernels_for()) {
+    // The kernels subtract pairs in registers, for small frames only; a larger one takes a prologue.
+    if (call.pairs > 0 && (call.rows > 4 || call.outputs > 2)) {
+      throw std::logic_error("frame engine: residual pairs need at most 4 rows and 2 outputs");
+    }
     vectors_ = call.streams + (call.ones ? 1 : 0) + (call.seed != nullptr ? 1 : 0);
     if (call.prologue == nullptr) {
       in_place_ = true;

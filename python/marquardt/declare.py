@@ -258,7 +258,7 @@ class Op:
             torch.library.register_fake(f"{qualified}_out", self._fake_out, lib=_library)
         if _native.why_not() is None:
             raw = f"{NAMESPACE}::_{self.name}"
-            # Without an entry every call would pass a fallback that only looks for gradients: 0.5 of a torch.add.
+            # Without an entry every call would pass a fallback that only looks for gradients.
             _library.impl(f"_{self.name}", torch.library.fallthrough_kernel, "AutogradCPU")
             torch.library.register_fake(raw, fake, lib=_library)
             torch.library.register_vmap(raw, functools.partial(batching.vmap_raw, self), lib=_library)
