@@ -12,9 +12,13 @@ TORCH_SPEC ?= $(if $(findstring --system-site-packages,$(VENV_ARGS)),torch>=2.11
 TRITON_SPEC ?= $(if $(filter x86_64,$(shell uname -m)),$(if $(filter $(TORCH_PINNED),$(TORCH_SPEC)),triton==3.7.1,triton>=3.6))
 
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest $(if $(filter-out 0,$(FULL)),--full,-m "not full") $(PYTEST_ARGS)
-# The cases of the CPU kernels, given to the Triton kernels: all of them take four minutes through the interpreter.
-SHARED_CASES := $(if $(FULL),(accuracy or strides or dtypes) and not full,dtypes and not full)
+EVERYTHING := $(filter-out 0,$(FULL))
+PYTEST := $(RUN) -m pytest $(if $(EVERYTHING),--full) $(PYTEST_ARGS)
+AND_QUICK := $(if $(EVERYTHING),, and not full)
+ALL := $(if $(EVERYTHING),,not full)
+# The cases of the CPU kernels, given to the GPU kernels as they run on the CPU: a part of them, because that is slow.
+SHARED_CASES := $(if $(EVERYTHING),(accuracy or strides or dtypes) and not full,dtypes and not full)
+SHARED_FILES := tests/test_hessian.py tests/test_langevin.py
 SETUP = $(PYTHON) build_tools/environment.py --venv "$(VENV)" --venv-args="$(VENV_ARGS)" --pip-args="$(PIP_ARGS)" \
 	--torch-spec "$(TORCH_SPEC)" --triton-spec "$(TRITON_SPEC)"
 SOURCES := python triton_kernels tests bench build_tools setup.py
@@ -40,17 +44,25 @@ build: ## virtual environment, requirements, native library
 	@$(SETUP) --steps 3
 
 test: ## lint and tests (FULL=1: all of them)
-	@$(SETUP) --steps 6
-	@echo "[4/6] lint"
+	@$(SETUP) --steps 8
+	@echo "[4/8] lint"
 	@$(MAKE) --no-print-directory lint-only
 	@failed=0; \
-	echo "[5/6] Triton kernels through the interpreter"; \
+	echo "[5/8] Triton kernels through the interpreter"; \
 	if $(RUN) -c "import triton" 2>/dev/null; \
-	then TRITON_INTERPRET=1 $(PYTEST) tests/triton || failed=1; \
-	TRITON_INTERPRET=1 $(RUN) -m pytest -m "$(SHARED_CASES)" $(PYTEST_ARGS) tests/test_hessian.py tests/test_langevin.py || failed=1; \
+	then TRITON_INTERPRET=1 $(PYTEST) -m "$(ALL)" tests/triton || failed=1; \
+	TRITON_INTERPRET=1 $(PYTEST) -m "$(SHARED_CASES)" $(SHARED_FILES) || failed=1; \
 	else echo "    skipped: triton is not installed"; fi; \
-	echo "[6/6] tests"; \
-	$(PYTEST) tests --ignore=tests/triton || failed=1; \
+	echo "[6/8] CUDA kernels on the CPU"; \
+	$(PYTEST) -m "emulation$(AND_QUICK)" tests || failed=1; \
+	if $(RUN) build_tools/emulation.py marquardt_emulated; \
+	then MARQUARDT_LIBRARY=build/emulation/libmarquardt_emulated.so \
+	$(PYTEST) -m "$(SHARED_CASES)" $(SHARED_FILES) || failed=1; \
+	else failed=1; fi; \
+	echo "[7/8] what the compilers made of the GPU kernels"; \
+	$(PYTEST) -m "static$(AND_QUICK)" tests || failed=1; \
+	echo "[8/8] tests"; \
+	$(PYTEST) -m "not emulation and not static$(AND_QUICK)" tests --ignore=tests/triton || failed=1; \
 	exit $$failed
 
 lint: ## ruff, clang-format, mypy
@@ -68,7 +80,7 @@ lint-only:
 bench: ## microbenchmarks on this machine (FULL=1: all of them)
 	@$(SETUP) --steps 4
 	@echo "[4/4] benchmarks"
-	@$(RUN) -m bench $(if $(filter-out 0,$(FULL)),--full) $(if $(OPS),--ops $(OPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE))
+	@$(RUN) -m bench $(if $(EVERYTHING),--full) $(if $(OPS),--ops $(OPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(DEVICE),--device $(DEVICE))
 
 count: ## number of tests by kind
 	@$(SETUP) --steps 4

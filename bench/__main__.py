@@ -25,6 +25,7 @@ class Progress:
         self.total = self.done = 0
         self.start = time.monotonic()
         self.failures: list[str] = []
+        self.skipped: list[str] = []
         self.rows: list[table.Info] = []
 
     def pytest_collection_finish(self, session: Any) -> None:
@@ -35,6 +36,8 @@ class Progress:
         self._show(_row_name(nodeid))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.skipped:
+            self.skipped.append(_row_name(report.nodeid))
         if report.failed:
             self.failures.append(f"{_row_name(report.nodeid)}: {_reason(report)}")
         if report.when == "teardown":
@@ -86,6 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[], help="only the rows of these ids (see the JSON)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--deadline", type=float, default=0, help="seconds after which no row is started")
     parser.add_argument("--json", type=pathlib.Path, default=LATEST, help="where the numbers go")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--show", type=pathlib.Path, help="print the table of an earlier JSON, run nothing")
@@ -104,6 +108,7 @@ def pytest_arguments(options: argparse.Namespace) -> list[str]:
     arguments = ["-p", "no:terminal", "-p", "no:cacheprovider", "--noconftest", "-p", "bench.plugin"]
     arguments += ["-o", "addopts=", "--rootdir", str(HERE.parent), "--benchmark-quiet", "--benchmark-only"]
     arguments += [f"--benchmark-json={options.json}", f"--bench-device={options.device}"]
+    arguments += [f"--bench-deadline={options.deadline}"]
     arguments += [f"--bench-threads={options.threads}"] + (["--bench-full"] if options.full else [])
     for name in ("ops", "dtype", "rows"):
         arguments.append(f"--bench-{name}={','.join(getattr(options, name))}")
@@ -132,6 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     progress.close()
     if progress.rows:
         print((table.markdown if options.markdown else table.plain)(progress.rows, machine.line()))
+    if progress.skipped:
+        print(f"out of time, not measured: {' '.join(progress.skipped)}", file=sys.stderr)
     for failure in progress.failures:
         print(f"FAILED {failure}", file=sys.stderr)
     if not progress.rows and not progress.failures:

@@ -1,6 +1,6 @@
 """The frame engine: lm_direction (with a Gram) and affine_step (without), and what a call costs.
 
-The goals are those of the design for float32 on two cores; every other row is reported without one.
+The goals are those of the design for float32, on two cores and on an H200; every other row is reported without one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ LM_GOALS = {
 }
 LM_TRAFFIC = 0.85
 AFFINE_TRIAD, AFFINE_EAGER = 0.85, 3
+# On a GPU: times faster than torch.compile at the latents of a sampler, a copy kernel's time where a launch is all,
+# and the measured copy bandwidth from 64 MB up.
+GPU_LATENTS = (
+    (1, 4, 64, 64),
+    (16, 4, 64, 64),
+    (64, 4, 64, 64),
+    (1, 4, 128, 128),
+    (8, 4, 128, 128),
+    (64, 4, 128, 128),
+)
+GPU_LARGE = ((16, 16, 256, 256), (64, 16, 256, 256))
+GPU_COMPILE, GPU_SMALL_COPIES, GPU_COPY, GPU_COPY_BYTES = 3, 1.5, 0.9, 64 << 20
 CALL_COST, CALL_COST_WITH_GRADIENTS = 3.5, 6
 
 LATENT, LARGE_LATENT = (16, 4, 64, 64), (8, 4, 128, 128)
@@ -60,6 +72,33 @@ def eager_and_compiled(
         fast = peers.compiled(function)
         found["compile"] = Peer(lambda: fast(*arguments), tolerance)
     return found
+
+
+def gpu_goals(shape: tuple[int, ...], traffic: int) -> tuple[Goal, ...]:
+    """What a float32 row has to reach on a GPU."""
+    goals = [Goal("compile", GPU_COMPILE)] if shape in GPU_LATENTS else []
+    if shape == GPU_LATENTS[0]:
+        goals.append(Goal("copy", 1 / GPU_SMALL_COPIES))
+    if traffic >= GPU_COPY_BYTES:
+        goals.append(Goal("copy", GPU_COPY))
+    return tuple(goals)
+
+
+def triton_peer(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> dict[str, Peer]:
+    """Our own Triton kernels beside the CUDA ones, where a tensor lies on a GPU."""
+    on_gpu = any(isinstance(t, Tensor) and t.device.type == "cuda" for t in _tensors(arguments))
+    if not on_gpu or "triton" not in mq.backends.available("cuda"):
+        return {}
+
+    def call() -> Any:
+        with mq.use_backend("triton"):
+            return function(*arguments, **keywords)
+
+    return {"triton": Peer(call, peers.TOLERANCE[keywords["out"].dtype])}
+
+
+def _tensors(arguments: Sequence[Any]) -> list[Any]:
+    return [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a])]
 
 
 # --- lm_direction -----------------------------------------------------------------------------------------
@@ -96,9 +135,12 @@ def lm_row(
             subject=lambda: mq.lm_direction(eps, prev, out=out, **given),
             oracle=lambda: [reference.lm_direction(*doubles(eps, prev), **given)],
             tolerance=2e-7 + unit(dtype),
-            peers=eager_and_compiled(
-                work, *arguments, tolerance=peers.TOLERANCE[dtype], with_compile=with_compile
-            ),
+            peers={
+                **eager_and_compiled(
+                    work, *arguments, tolerance=peers.TOLERANCE[dtype], with_compile=with_compile
+                ),
+                **triton_peer(mq.lm_direction, eps, prev, out=torch.empty_like(out), **given),
+            },
             floors=lm_floors(eps, prev, out, reads_prev=kappa != 0),
         )
 
@@ -117,11 +159,16 @@ def lm_row(
 
 
 def lm_floors(eps: Tensor, prev: Tensor, out: Tensor, reads_prev: bool) -> tuple[Floor, ...]:
-    """The triad on every device; the two-level model where a Gram is taken, on the CPU."""
-    if not reads_prev:
-        return (floors.triad([eps], out),)
-    first = floors.triad([eps, prev], out)
-    return (first, floors.traffic(first, [eps, prev], out)) if out.device.type == "cpu" else (first,)
+    """On the CPU the triad, and the two-level model where a Gram is taken; on a GPU a copy of as many bytes."""
+    inputs = [eps, prev] if reads_prev else [eps]
+    if out.device.type != "cpu":
+        return gpu_floors(inputs, out)
+    first = floors.triad(inputs, out)
+    return (first, floors.traffic(first, inputs, out)) if reads_prev else (first,)
+
+
+def gpu_floors(inputs: Sequence[Tensor], out: Tensor) -> tuple[Floor, ...]:
+    return (floors.copy(sum(t.numel() * t.element_size() for t in (*inputs, out)), out.device),)
 
 
 def lm_backward_row(shape: tuple[int, ...], device: str, with_compile: bool) -> Row:
@@ -190,21 +237,27 @@ def affine_row(
             subject=lambda: mq.affine_step(xs, coefficients, out=out, **drawn),
             oracle=lambda: [reference.affine_step(doubles(*xs), coefficients, **drawn)],
             tolerance=5e-7 + unit(dtype),
-            peers=eager_and_compiled(
-                peers.sum_of_products,
-                xs,
-                coefficients,
-                noise,
-                tolerance=None if noise else peers.TOLERANCE[dtype],
-                with_compile=with_compile,
-            ),
-            floors=(floors.triad(xs, out),),
+            peers={
+                **eager_and_compiled(
+                    peers.sum_of_products,
+                    xs,
+                    coefficients,
+                    noise,
+                    tolerance=None if noise else peers.TOLERANCE[dtype],
+                    with_compile=with_compile,
+                ),
+                **triton_peer(mq.affine_step, xs, coefficients, out=torch.empty_like(out), **drawn),
+            },
+            floors=(floors.triad(xs, out),) if device == "cpu" else gpu_floors(xs, out),
         )
 
     goals: list[Goal] = []
     if not noise and dtype is torch.float32 and device == "cpu":
         goals.append(Goal("triad", AFFINE_TRIAD))
         goals += [Goal("eager", AFFINE_EAGER)] if terms > 1 else []
+    traffic = (terms + 1) * size(shape, dtype)
+    if not noise and device != "cpu" and dtype is torch.float32 and traffic >= GPU_COPY_BYTES:
+        goals.append(Goal("copy", GPU_COPY))
     return Row(
         op="affine_step",
         variant=f"{terms} term{'s' if terms > 1 else ''}" + (" and noise" if noise else ""),
@@ -212,7 +265,7 @@ def affine_row(
         dtype=dtype,
         device=device,
         build=build,
-        traffic=(terms + 1) * size(shape, dtype),
+        traffic=traffic,
         flops=(2 * terms - 1) * math.prod(shape),
         goals=tuple(goals),
     )
@@ -273,9 +326,14 @@ def lm_rows(device: str, full: bool) -> list[Row]:
     on_cpu, f32 = device == "cpu", torch.float32
     as_copy = (Goal("triad", AFFINE_TRIAD),) if on_cpu else ()
     made = []
-    for shape, (eager, compiled) in LM_GOALS.items():
-        goals = (Goal("eager", eager), Goal("compile", compiled), Goal("traffic", LM_TRAFFIC))
-        made.append(lm_row(shape, f32, device, goals=goals if on_cpu else ()))
+    if on_cpu:
+        for shape, (eager, compiled) in LM_GOALS.items():
+            goals = (Goal("eager", eager), Goal("compile", compiled), Goal("traffic", LM_TRAFFIC))
+            made.append(lm_row(shape, f32, device, goals=goals))
+    else:
+        for shape in (*GPU_LATENTS, *GPU_LARGE):
+            wanted = gpu_goals(shape, 3 * size(shape, f32))
+            made.append(lm_row(shape, f32, device, goals=wanted, with_compile=full or shape in GPU_LATENTS))
     # Compiling a peer takes seconds, so a quick run does it where a goal asks for it.
     make = functools.partial(lm_row, device=device, with_compile=full)
     for dtype in (torch.bfloat16, torch.float16):

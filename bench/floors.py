@@ -21,7 +21,8 @@ Per cent of model = model time / measured time: at 100 % the kernel moves its by
 can, each at the nearest level where it can be.
 
 Without the native kernels, or on another device, torch.add over as many bytes stands for the triad and
-torch.sum for the read sweep; such a floor is marked as a substitute and no goal is judged by it.
+torch.sum for the read sweep; such a floor is marked as a substitute and no goal is judged by it. On a GPU the floor is
+a copy kernel over as many bytes as the row moves (ceiling.py), from buffers that the L2 cache has forgotten.
 """
 
 from __future__ import annotations
@@ -110,6 +111,14 @@ def triad(inputs: Sequence[Tensor], out: Tensor) -> Floor:
         }
         how = f"tuned streaming kernel, {len(inputs)} in, 1 out, the better of two kinds of stores"
     return Floor("triad", calls, lambda t: min(t[name] for name in calls), how, substitute=kernel is None)
+
+
+def copy(traffic: int, device: torch.device) -> Floor:
+    """A copy kernel over as many bytes as the row moves, on a GPU: the better of torch's and Triton's."""
+    from . import ceiling
+
+    calls = ceiling.kernels(*ceiling.pair(traffic, str(device)))
+    return Floor("copy", calls, lambda t: min(t[name] for name in calls), "copy kernel over as many bytes")
 
 
 def sample_words(batch: int, sample_bytes: int, threads: int) -> int:

@@ -7,6 +7,7 @@ u = ε − ε̃c/(λ+m) loses the digits by which |u| is smaller than |ε|, and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
+@functools.cache  # one wrapper for all sets of buffers of a row
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile with inductor in its default mode, one graph per shape; the gate pays for compiling.
 

@@ -13,17 +13,19 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from . import machine, protocol, table
+from . import ceiling, machine, protocol, table
 from .row import Row
 
 PATTERN = "bench_*.py"
 RESULTS: pytest.StashKey[list[table.Info]] = pytest.StashKey()
+START: pytest.StashKey[float] = pytest.StashKey()
 
 
 class ReplayClock:
@@ -101,6 +103,9 @@ def info(result: protocol.Result, command: str) -> table.Info:
         "spread": result.spread(),
         "rounds": len(result.samples[protocol.OURS]),
         "repeats": result.repeats,
+        "timing": result.timing,
+        "buffer_sets": result.buffer_sets,
+        "ceiling": None if row.device == "cpu" else ceiling.measured()["gbps"],
         "gbps": row.traffic / median * 1e-9,
         "gflops": row.flops / median * 1e-9,
         "gate": {"error": result.error, "tolerance": result.tolerance},
@@ -125,11 +130,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-dtype", default="", help="comma-separated dtypes")
     group.addoption("--bench-rows", default="", help="comma-separated row ids")
     group.addoption("--bench-device", default="cpu", choices=["cpu", "cuda"])
+    group.addoption("--bench-deadline", type=float, default=0, help="seconds after which rows are skipped")
     group.addoption("--bench-threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = []
+    config.stash[START] = time.monotonic()
     threads = config.getoption("bench_threads", 0)
     if threads:
         torch.set_num_threads(threads)
@@ -186,11 +193,17 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Row], N
 
     def run(row: Row) -> None:
         benchmark.group = row.op
+        deadline = config.getoption("bench_deadline", 0)
+        if deadline and time.monotonic() - config.stash[START] > deadline:
+            pytest.skip(f"out of time: rows start within {deadline:g} s")
+        if row.device != "cpu" and benchmark.enabled:
+            ceiling.measured()  # before the first row
         if not benchmark.enabled:
             protocol.check(row)
             benchmark.pedantic(lambda: None)
             return
-        settings = protocol.FULL if config.getoption("bench_full", False) else protocol.QUICK
+        quick = protocol.QUICK if row.device == "cpu" else protocol.GPU
+        settings = protocol.FULL if config.getoption("bench_full", False) else quick
         try:
             result = protocol.measure(row, settings)
         except protocol.WrongResult as wrong:

@@ -13,8 +13,8 @@
    are ratios of medians of the same rounds.
 
 CPU timings are perf_counter_ns around a loop; the cost of the empty loop is measured and subtracted, or it
-would flatter the call cost. CUDA timings are events around a loop that walks over several sets of buffers,
-together several times the L2 cache, so that no call finds its inputs there.
+would flatter the call cost. CUDA timings are events around calls, or around replays of a CUDA graph of them, that
+walk over several sets of buffers, so that no call finds its inputs in the L2 cache (cuda.py).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import cuda
 from .row import Call, Contest, Goal, Row
 
 OURS = "marquardt"
@@ -50,6 +51,7 @@ class Settings:
 
 
 QUICK = Settings()
+GPU = Settings(min_rounds=11, max_rounds=51, row_time=0.7)  # of a quick run: a device is steadier
 FULL = Settings(min_rounds=31, max_rounds=301, row_time=6.0, min_time=4e-3, warm_up=0.3)
 
 
@@ -65,6 +67,8 @@ class Result:
     floor_notes: dict[str, str]
     substitutes: frozenset[str]
     repeats: dict[str, int]
+    timing: str = "loop"  # on the CPU; on a GPU "events" around a loop, or "graph": replays of a CUDA graph
+    buffer_sets: int = 1
 
     def median(self, name: str = OURS) -> float:
         return statistics.median(self.samples[name])
@@ -156,20 +160,6 @@ def empty_call_seconds(samples: int = 15, repeats: int = 5000) -> float:
     return statistics.median(loop_seconds([_nothing], repeats) for _ in range(samples)) / repeats
 
 
-def event_seconds(calls: Sequence[Call], repeats: int) -> float:
-    """Device time of `repeats` calls that walk over the buffer sets. A short sleep on the device lets the
-    host run ahead, so that launches queue up and the device is never found waiting for the host."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000)
-    start.record()
-    for k in range(repeats):
-        calls[k % len(calls)]()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3
-
-
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     was_on = gc.isenabled()
@@ -222,11 +212,8 @@ def interleave(
 
 
 def buffer_sets(row: Row) -> int:
-    """CUDA: so many sets that together they are four times the L2 cache; at most 64. CPU: one."""
-    if row.device == "cpu":
-        return 1
-    cache = torch.cuda.get_device_properties(row.device).L2_cache_size
-    return max(1, min(64, math.ceil(4 * cache / max(row.traffic, 1))))
+    """One on a CPU; on a GPU so many that the L2 cache does not hold them."""
+    return 1 if row.device == "cpu" else cuda.buffer_sets(row)
 
 
 def contestants_of(contests: Sequence[Contest]) -> dict[str, list[Call]]:
@@ -250,13 +237,14 @@ def measure(row: Row, settings: Settings = QUICK) -> Result:
     torch.compiler.reset()
     contests = [row.build() for _ in range(buffer_sets(row))]
     ours, peer_errors, inexact = gate(contests[0], row.dtype)
-    on_cpu = row.device == "cpu"
-    samples, repeats = interleave(
-        contestants_of(contests),
-        settings,
-        loop_seconds if on_cpu else event_seconds,
-        empty_call_seconds() if on_cpu else 0.0,
-    )
+    contestants, timing, seconds, overhead = contestants_of(contests), "loop", loop_seconds, 0.0
+    if row.device == "cpu":
+        overhead = empty_call_seconds()
+    elif cuda.launch_bound(row):
+        contestants, timing, seconds = cuda.captured(contestants), "graph", cuda.replay_seconds
+    else:
+        timing, seconds = "events", cuda.event_seconds
+    samples, repeats = interleave(contestants, settings, seconds, overhead)
     medians = {name: statistics.median(values) for name, values in samples.items()}
     floors = contests[0].floors
     return Result(
@@ -270,4 +258,6 @@ def measure(row: Row, settings: Settings = QUICK) -> Result:
         floor_notes={floor.name: floor.how for floor in floors},
         substitutes=frozenset(floor.name for floor in floors if floor.substitute),
         repeats=repeats,
+        timing=timing,
+        buffer_sets=len(contests),
     )

@@ -69,8 +69,10 @@ function(marquardt_configure_cuda target)
   target_compile_definitions(${target} PRIVATE MARQUARDT_WITH_CUDA=1)
   # The static runtime needs no libcudart when the library loads, so it loads on machines without CUDA.
   set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${MARQUARDT_CUDA_ARCH_LIST}" CUDA_RUNTIME_LIBRARY Static)
+  # No contraction, as for the host: the maps then give the same bits on both; hot loops name their fused operations.
   target_compile_options(${target} PRIVATE
-                         $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall,-fno-math-errno>)
+                         $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -fmad=false -lineinfo
+                         -Xcompiler=-Wall,-fno-math-errno,-ffp-contract=off>)
   if(MARQUARDT_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
   endif()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import pathlib
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked full")
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """tests/triton wants a process of its own: runs of other kinds of tests leave it out."""
+    other = any(kind in (config.getoption("-m") or "") for kind in ("emulation", "static"))
+    return True if other and collection_path.name == "triton" else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -140,3 +140,13 @@ def test_explain_shows_what_noise_copies():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     assert not mq.explain(mq.affine_step, [x], [1.0]).copies
     assert mq.explain(mq.affine_step, [x], [1.0], noise_scale=0.1).copies
+
+
+def test_out_of_memory():
+    """torch's own exception, with size and device, before anything runs; the next call works."""
+    if mq.backends.forced() not in (None, "cpu"):
+        pytest.skip("about the native kernels")
+    huge = torch.ones(1).expand(1, 1 << 50)
+    with pytest.raises(torch.OutOfMemoryError, match="4294967296 MiB could not be allocated on cpu"):
+        mq.affine_step([huge], [2.0])
+    assert mq.affine_step([torch.ones(1, 2)], [2.0]).eq(2).all()

@@ -1,5 +1,7 @@
 #include "core/tensor.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -35,7 +37,18 @@ const char* name_of_shim_dtype(int32_t dtype) {
   return "another dtype";
 }
 
-void fill_nan(const Tensor& t, DType dtype) {
+int32_t cpu_type() {
+  static const int32_t type = aoti_torch_device_type_cpu();
+  return type;
+}
+
+int32_t cuda_type() {
+  static const int32_t type = aoti_torch_device_type_cuda();
+  return type;
+}
+
+void fill_nan(const Tensor& t, const View& like, DType dtype) {
+  if (!like.on_cpu()) return fill(t, std::numeric_limits<double>::quiet_NaN());
   const int64_t n = t.numel();
   void* data = t.data();
   switch (dtype) {
@@ -118,6 +131,23 @@ std::string label(const char* argument, int index) {
   return index < 0 ? std::string(argument) : join(argument, "[", index, "]");
 }
 
+bool View::on_cpu() const {
+  return device_type == cpu_type();
+}
+
+bool View::on_cuda() const {
+  return device_type == cuda_type();
+}
+
+std::string View::device() const {
+  if (on_cpu()) return "cpu";
+  if (on_cuda()) return join("cuda:", device_index);
+  if (device_type == aoti_torch_device_type_meta()) return "meta";
+  if (device_type == aoti_torch_device_type_mps()) return join("mps:", device_index);
+  if (device_type == aoti_torch_device_type_xpu()) return join("xpu:", device_index);
+  return "another device";
+}
+
 bool View::same_shape(const View& other) const {
   if (dims != other.dims) return false;
   for (int64_t d = 0; d < dims; ++d)
@@ -162,6 +192,8 @@ View view_of(const Tensor& t, DType dtype) {
   int64_t *sizes = nullptr, *strides = nullptr;
   aoti_torch_get_data_ptr(t.get(), &view.data);
   aoti_torch_get_device_type(t.get(), &view.device_type);
+  view.device_index = -1;
+  if (!view.on_cpu()) aoti_torch_get_device_index(t.get(), &view.device_index);
   aoti_torch_get_dim(t.get(), &view.dims);
   aoti_torch_get_sizes(t.get(), &sizes);
   aoti_torch_get_strides(t.get(), &strides);
@@ -186,18 +218,36 @@ void set_poison(bool on) {
 
 Tensor empty_strided(const View& like, const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype) {
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(dims, sizes, strides, shim_dtype(dtype), like.device_type, /*device_index=*/-1,
-                               &handle) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("marquardt: an output could not be allocated (out of memory?)");
+  if (aoti_torch_empty_strided(dims, sizes, strides, shim_dtype(dtype), like.device_type, like.device_index, &handle) !=
+      AOTI_TORCH_SUCCESS) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < dims; ++d) last += (sizes[d] - 1) * strides[d];
+    const int64_t mib = ((last + 1) * size_of(dtype) + (1 << 20) - 1) >> 20;
+    throw std::runtime_error(
+        join("OutOfMemoryError: marquardt: ", mib, " MiB could not be allocated on ", like.device()));
   }
   Tensor t(handle);
-  if (poison && like.device_type == aoti_torch_device_type_cpu()) fill_nan(t, dtype);
+  if (poison) fill_nan(t, like, dtype);
   return t;
 }
 
 Tensor empty_scalars(const View& like, int64_t rows, int64_t columns) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {std::max<int64_t>(columns, 1), 1};
   return empty_strided(like, sizes, strides, 2, DType::f64);
+}
+
+Tensor columns_of(const Tensor& matrix, int64_t first, int64_t count) {
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_aten_narrow(matrix.get(), 1, first, count, &handle) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("marquardt: columns of a matrix could not be taken");
+  }
+  return Tensor(handle);
+}
+
+void fill(const Tensor& t, double value) {
+  if (aoti_torch_aten_fill__Scalar(t.get(), value) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("marquardt: a tensor could not be filled");
+  }
 }
 
 Walk Walk::of(const View& first, int64_t batch_dims, bool force_row_major) {

@@ -63,6 +63,7 @@ struct View {
   void* data;
   DType dtype;
   int32_t device_type;
+  int32_t device_index;  // -1 on the CPU
   int64_t dims;
   const int64_t* sizes;
   const int64_t* strides;
@@ -72,6 +73,12 @@ struct View {
     for (int64_t d = 0; d < dims; ++d) n *= sizes[d];
     return n;
   }
+  bool on_cpu() const;
+  bool on_cuda() const;
+  bool same_device(const View& other) const {
+    return device_type == other.device_type && device_index == other.device_index;
+  }
+  std::string device() const;  // "cpu", "cuda:1"
   bool same_shape(const View& other) const;
   std::string shape() const;
 };
@@ -96,10 +103,17 @@ Samples samples_of(const char* op, const char* argument, int index, const View& 
 // Test flag: fill new outputs with NaN, so that an element no kernel wrote is seen.
 void set_poison(bool poison);
 
+// A new tensor on the device of `like`.
 Tensor empty_strided(const View& like, const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype);
 
 // New [rows, columns] float64 beside `like`.
 Tensor empty_scalars(const View& like, int64_t rows, int64_t columns);
+
+// Columns [first, first + count) of a matrix, over the same memory.
+Tensor columns_of(const Tensor& matrix, int64_t first, int64_t count);
+
+// Every element becomes `value`, on any device, in the order of its current stream.
+void fill(const Tensor& t, double value);
 
 // --- layouts ---------------------------------------------------------------------------------------------------
 

@@ -74,6 +74,16 @@ std::tuple<std::vector<Tensor>, Tensor> backward(const Tensor& grad, const std::
   return {std::move(d_terms), std::move(d_coef)};
 }
 
+// One set of functions for both keys: the tensors say where a call runs.
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("affine_step", TORCH_BOX(&affine_step));
+  m.impl("affine_step_out", TORCH_BOX(&affine_step_out));
+  m.impl("affine_step_backward", TORCH_BOX(&backward));
+  m.impl("_affine_step", TORCH_BOX(&affine_step));
+  m.impl("_affine_step_out", TORCH_BOX(&affine_step_out));
+  m.impl("_affine_step_backward", TORCH_BOX(&backward));
+}
+
 }  // namespace
 }  // namespace marquardt
 
@@ -91,10 +101,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
-  m.impl("affine_step", TORCH_BOX(&marquardt::affine_step));
-  m.impl("affine_step_out", TORCH_BOX(&marquardt::affine_step_out));
-  m.impl("affine_step_backward", TORCH_BOX(&marquardt::backward));
-  m.impl("_affine_step", TORCH_BOX(&marquardt::affine_step));
-  m.impl("_affine_step_out", TORCH_BOX(&marquardt::affine_step_out));
-  m.impl("_affine_step_backward", TORCH_BOX(&marquardt::backward));
+  marquardt::register_kernels(m);
 }
+
+#if defined(MARQUARDT_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(marquardt, CUDA, m) {
+  marquardt::register_kernels(m);
+}
+#endif

@@ -422,17 +422,6 @@ class FrameRunner {
   int64_t threads_ = 1;
 };
 
-// Samples of one call whose map is the same and that lie behind one another are one long sample: fewer, longer
-// sweeps. Noise keeps its index as long as it runs through the call.
-bool flattens(const FrameCall& call) {
-  if (call.batch < 2 || call.gram != GramKind::none || call.scalars != nullptr) return false;
-  if (call.parameter_stride != 0 || call.prologue_stride != 0) return false;
-  bool dense = call.seed == nullptr || call.seed_stride == 0;
-  for (int j = 0; j < call.streams; ++j) dense = dense && call.stream[j].batch_stride == call.size;
-  for (int i = 0; i < call.outputs; ++i) dense = dense && call.output[i].batch_stride == call.size;
-  return dense;
-}
-
 void run(const FrameCall& call) {
   if (call.compute == DType::f64) {
     FrameRunner<double>(call).run();
@@ -445,10 +434,7 @@ void run(const FrameCall& call) {
 
 void frame_cpu(const FrameCall& call) {
   if (flattens(call)) {
-    FrameCall flat = call;
-    flat.size *= flat.batch;
-    flat.batch = 1;
-    run(flat);
+    run(flattened(call));
   } else {
     run(call);
   }

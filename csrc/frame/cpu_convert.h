@@ -2,51 +2,11 @@
 // instruction set.
 #pragma once
 
+#include "core/half.h"
 #include "core/simd.h"
 #include "frame/cpu_kernels.h"
 
 namespace marquardt::MQ_ISA {
-
-MQ_INLINE float float_of_bits(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-
-MQ_INLINE uint32_t bits_of_float(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-}
-
-MQ_INLINE uint16_t bf16_of(float x) {
-  const uint32_t bits = bits_of_float(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-  const uint32_t quiet = (bits >> 16) | 0x40u;                            // a NaN must not round to infinity
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-}
-
-MQ_INLINE float float_of_f16(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // The exponent is moved by a multiplication, which also normalises subnormals.
-  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * float_of_bits(0x77800000u)));
-}
-
-MQ_INLINE uint16_t f16_of(float x) {
-  const uint32_t bits = bits_of_float(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  uint32_t h;
-  if (magnitude > 0x7f800000u) {
-    h = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // rounds beyond 65504
-    h = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: let the addition of 0.5 round
-    h = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  return static_cast<uint16_t>(sign | h);
-}
 
 inline void load_bf16(const uint16_t* from, float* to, int64_t n) {
   int64_t i = 0;
@@ -56,7 +16,7 @@ inline void load_bf16(const uint16_t* from, float* to, int64_t n) {
     _mm512_storeu_ps(to + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
   }
 #endif
-  for (; i < n; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
+  for (; i < n; ++i) to[i] = float_of_bf16(from[i]);
 }
 
 inline void store_bf16(const float* from, uint16_t* to, int64_t n) {

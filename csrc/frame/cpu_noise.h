@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/philox.h"
+#include "core/polynomials.h"
 #include "core/simd.h"
 
 namespace marquardt::MQ_ISA {
@@ -16,35 +17,25 @@ MQ_INLINE Vec<float> logarithm(Vec<float> x) {
   const Ints shifted = bits - 0x3f3504f3;  // √½
   const Vec<float> k = __builtin_convertvector(shifted >> 23, Vec<float>);
   const Vec<float> f = (Vec<float>)((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
-  Vec<float> p = broadcast(7.0376836292e-2f);
-  p = fma(p, f, broadcast(-1.1514610310e-1f));
-  p = fma(p, f, broadcast(1.1676998740e-1f));
-  p = fma(p, f, broadcast(-1.2420140846e-1f));
-  p = fma(p, f, broadcast(1.4249322787e-1f));
-  p = fma(p, f, broadcast(-1.6668057665e-1f));
-  p = fma(p, f, broadcast(2.0000714765e-1f));
-  p = fma(p, f, broadcast(-2.4999993993e-1f));
-  p = fma(p, f, broadcast(3.3333331174e-1f));
+  Vec<float> p = broadcast(logarithm_coefficient(0));
+#pragma GCC unroll 9
+  for (int i = 1; i < kLogarithmTerms; ++i) p = fma(p, f, broadcast(logarithm_coefficient(i)));
   const Vec<float> square = f * f;
   Vec<float> tail = f * square * p;
-  tail = fma(k, broadcast(-2.12194440e-4f), tail);
+  tail = fma(k, broadcast(kLn2Low), tail);
   tail = fma(square, broadcast(-0.5f), tail);
-  return fma(k, broadcast(0.693359375f), f + tail);
+  return fma(k, broadcast(kLn2High), f + tail);
 }
 
 // cos 2πv and sin 2πv for 0 ≤ v ≤ 1. 4v = q + f with |f| ≤ ½ exactly, so small results keep their relative accuracy.
 MQ_INLINE void turn(Vec<float> v, Vec<float>& cosine, Vec<float>& sine) {
   const Vec<float> t = v * 4.0f;
   const Ints q = __builtin_convertvector(t + 0.5f, Ints);  // t ≥ 0: truncation rounds half up
-  const Vec<float> a = (t - __builtin_convertvector(q, Vec<float>)) * 1.57079632679489662f;
+  const Vec<float> a = (t - __builtin_convertvector(q, Vec<float>)) * kHalfPi;
   const Vec<float> s = a * a;
-  Vec<float> ps = broadcast(-1.9515295891e-4f);
-  ps = fma(ps, s, broadcast(8.3321608736e-3f));
-  ps = fma(ps, s, broadcast(-1.6666654611e-1f));
+  const Vec<float> ps = fma(fma(broadcast(kSine[0]), s, broadcast(kSine[1])), s, broadcast(kSine[2]));
   const Vec<float> sin_a = fma(ps * s, a, a);
-  Vec<float> pc = broadcast(2.443315711809948e-5f);
-  pc = fma(pc, s, broadcast(-1.388731625493765e-3f));
-  pc = fma(pc, s, broadcast(4.166664568298827e-2f));
+  const Vec<float> pc = fma(fma(broadcast(kCosine[0]), s, broadcast(kCosine[1])), s, broadcast(kCosine[2]));
   const Vec<float> cos_a = fma(pc * s, s, fma(s, broadcast(-0.5f), broadcast(1.0f)));
   const Ints swap = (q & 1) != 0;
   const Ints c = swap ? (Ints)sin_a : (Ints)cos_a, d = swap ? (Ints)cos_a : (Ints)sin_a;

@@ -76,6 +76,8 @@ struct FrameCall {
 
   const double* parameters = nullptr;  // the op's scalars [p] or [B, p]; for `given` the matrix C [m, k]
   int64_t parameter_stride = 0;        // 0 or p
+  int parameter_count = 0;             // p, where a GPU must copy them
+  bool host_parameters = false;        // on a GPU: they lie on the host (stride 0), and travel with the launch
 
   int outputs = 0;  // m
   Output output[kMaxOutputs];
@@ -88,7 +90,29 @@ struct FrameMap {
   double c[kMaxOutputs][kMaxVectors];  // rows of C
   uint32_t used;                       // bit j: row j is read by the apply
   uint32_t zero;                       // bit i: output i is zero, whatever the rows hold
+  double work[24];                     // room for the map's own numbers
 };
+
+// Samples of one call whose map is the same and that lie behind one another are one long sample: fewer, longer
+// sweeps. Noise keeps its index as long as it runs through the call.
+inline bool flattens(const FrameCall& call) {
+  if (call.batch < 2 || call.gram != GramKind::none || call.scalars != nullptr) return false;
+  if (call.parameter_stride != 0 || call.prologue_stride != 0) return false;
+  bool dense = call.seed == nullptr || call.seed_stride == 0;
+  for (int j = 0; j < call.streams; ++j) dense = dense && call.stream[j].batch_stride == call.size;
+  for (int i = 0; i < call.outputs; ++i) dense = dense && call.output[i].batch_stride == call.size;
+  return dense;
+}
+
+// The call as one long sample if it flattens, else as it is.
+inline FrameCall flattened(const FrameCall& call) {
+  FrameCall flat = call;
+  if (flattens(call)) {
+    flat.size *= flat.batch;
+    flat.batch = 1;
+  }
+  return flat;
+}
 
 // Runs the call on the CPU. `call` has been checked.
 void frame_cpu(const FrameCall& call);

@@ -2,38 +2,59 @@
 // in tests and in compositions; a hot op has a launcher of its own beside this file.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "frame/launch.h"
 #include "frame/maps.h"
+#include "frame/run.h"
 
 namespace marquardt {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// A float64 matrix from the host: [rows, columns], or [B, rows, columns] where allowed.
+// A float64 matrix [rows, columns] of the host, or one per sample [B, rows, columns] beside the data: its numbers lie
+// behind one another, in place or in a copy.
 struct Matrix {
-  std::vector<double> values;
+  const double* data = nullptr;
   int64_t rows = 0, columns = 0, stride = 0;
+  std::vector<double> values;
+  Tensor copy;  // on a GPU
 };
 
-Matrix matrix_of(const char* op, const char* argument, const Tensor& t, int64_t batch) {
+Matrix matrix_of(const char* op, const char* argument, const Tensor& t, int64_t batch, const View* state) {
   const View view = floating_view(op, argument, t);
   if (view.dtype != DType::f64) type_error(op, argument, "be float64", name_of(view.dtype));
   const bool each = view.dims == 3;
   if ((view.dims != 2 && !each) || (each && view.sizes[0] != batch)) {
     value_error(op, argument, join("be a matrix, or one per sample (", batch, ")"), view.shape());
   }
+  if (!each && !view.on_cpu()) {
+    value_error(op, argument, "be on the CPU when it is shared by the batch", view.device());
+  }
+  if (each && state != nullptr && !view.same_device(*state)) {
+    value_error(op, argument, join("be on the data's device (", state->device(), ")"), view.device());
+  }
   Matrix m;
   m.rows = view.sizes[view.dims - 2];
   m.columns = view.sizes[view.dims - 1];
   m.stride = each ? m.rows * m.columns : 0;
+  m.data = static_cast<const double*>(view.data);
+  if (t.is_contiguous()) return m;
+  if (each && state != nullptr && on_gpu(*state)) {
+    const int64_t strides[3] = {m.stride, m.columns, 1};
+    m.copy = empty_strided(*state, view.sizes, strides, 3, DType::f64);
+    m.copy.copy_from(t);
+    m.data = static_cast<const double*>(m.copy.data());
+    return m;
+  }
   const int64_t count = each ? batch : 1;
-  const double* data = static_cast<const double*>(view.data);
   for (int64_t b = 0; b < count; ++b)
     for (int64_t i = 0; i < m.rows; ++i)
       for (int64_t j = 0; j < m.columns; ++j)
-        m.values.push_back(
-            data[(each ? b * view.strides[0] : 0) + i * view.strides[view.dims - 2] + j * view.strides[view.dims - 1]]);
+        m.values.push_back(m.data[(each ? b * view.strides[0] : 0) + i * view.strides[view.dims - 2] +
+                                  j * view.strides[view.dims - 1]]);
+  m.data = m.values.data();
   return m;
 }
 
@@ -53,7 +74,7 @@ void prepare(FrameLauncher& launcher, const char* op, const std::vector<Tensor>&
       value_error(op, "prologue", join("be a matrix of ", vectors, " columns and at most ", kMaxVectors, " rows"),
                   join("[", prologue.rows, ", ", prologue.columns, "]"));
     }
-    call.prologue = prologue.values.data();
+    call.prologue = prologue.data;
     call.prologue_stride = prologue.stride;
     call.rows = static_cast<int>(prologue.rows);
   }
@@ -62,7 +83,7 @@ void prepare(FrameLauncher& launcher, const char* op, const std::vector<Tensor>&
       value_error(op, "clamp", join("have shape [", call.rows, ", 2]"),
                   join("[", clamp.rows, ", ", clamp.columns, "]"));
     }
-    call.clamp = clamp.values.data();
+    call.clamp = clamp.data;
   }
 }
 
@@ -78,13 +99,15 @@ Tensor frame_gram(const std::vector<Tensor>& streams, const MaybeTensor& prologu
   check_streams(op, streams);
   FrameLauncher launcher(op, "streams", streams[0], 0, batch_dims, seed.has_value());
   FrameCall& call = launcher.call;
-  const Matrix l = prologue.has_value() ? matrix_of(op, "prologue", *prologue, call.batch) : Matrix{};
-  const Matrix bounds = clamp.has_value() ? matrix_of(op, "clamp", *clamp, call.batch) : Matrix{};
+  const Matrix l =
+      prologue.has_value() ? matrix_of(op, "prologue", *prologue, call.batch, &launcher.state()) : Matrix{};
+  const Matrix bounds = clamp.has_value() ? matrix_of(op, "clamp", *clamp, call.batch, &launcher.state()) : Matrix{};
   prepare(launcher, op, streams, ones, seed, l, bounds);
   call.gram = GramKind::full;
   call.exact = exact;
   const double nothing = 0.0;  // no outputs, no parameters
   call.parameters = &nothing;
+  call.host_parameters = true;
   const int64_t k = call.rows, sizes[3] = {call.batch, k, k}, strides[3] = {k * k, k, 1};
   Tensor gram = empty_strided(launcher.state(), sizes, strides, 3, DType::f64);
   call.scalars = static_cast<double*>(gram.data());
@@ -99,16 +122,19 @@ std::vector<Tensor> frame_apply(const std::vector<Tensor>& streams, const Tensor
   check_streams(op, streams);
   FrameLauncher launcher(op, "streams", streams[0], 0, batch_dims, seed.has_value());
   FrameCall& call = launcher.call;
-  const Matrix l = prologue.has_value() ? matrix_of(op, "prologue", *prologue, call.batch) : Matrix{};
-  const Matrix bounds = clamp.has_value() ? matrix_of(op, "clamp", *clamp, call.batch) : Matrix{};
-  const Matrix matrix = matrix_of(op, "c", c, call.batch);
+  const Matrix l =
+      prologue.has_value() ? matrix_of(op, "prologue", *prologue, call.batch, &launcher.state()) : Matrix{};
+  const Matrix bounds = clamp.has_value() ? matrix_of(op, "clamp", *clamp, call.batch, &launcher.state()) : Matrix{};
+  const Matrix matrix = matrix_of(op, "c", c, call.batch, &launcher.state());
   prepare(launcher, op, streams, ones, seed, l, bounds);
   if (matrix.columns != call.rows || matrix.rows < 1 || matrix.rows > kMaxOutputs) {
     value_error(op, "c", join("have ", call.rows, " columns and 1 to ", kMaxOutputs, " rows"),
                 join("[", matrix.rows, ", ", matrix.columns, "]"));
   }
-  call.parameters = matrix.values.data();
+  call.parameters = matrix.data;
   call.parameter_stride = matrix.stride;
+  call.parameter_count = static_cast<int>(matrix.rows * matrix.columns);
+  call.host_parameters = matrix.stride == 0;
   for (int64_t i = 0; i < matrix.rows; ++i) launcher.output(launcher.state().dtype);
   return launcher.run();
 }
@@ -119,7 +145,7 @@ Tensor frame_map_rows(int64_t op, int64_t mode, const Tensor& gram, const Tensor
   if (op < 1 || op > 3) value_error(name, "op", "be 1, 2 or 3", op);
   if (mode < 0 || mode > 2) value_error(name, "variant", "be 0, 1 or 2", mode);
   const int m = lm_parameters(static_cast<int>(mode));
-  const Matrix g = matrix_of(name, "gram", gram, 0), p = matrix_of(name, "coef", coef, 0);
+  const Matrix g = matrix_of(name, "gram", gram, 0, nullptr), p = matrix_of(name, "coef", coef, 0, nullptr);
   if (g.stride != 0 || p.stride != 0) value_error(name, "gram", "be a matrix, as coef", "three dimensions");
   const int64_t columns = op == 1 ? 3 : op == 2 ? 5 : 6, parameters = op == 3 ? 2 * m : m;
   if (g.columns != columns) value_error(name, "gram", join("have ", columns, " columns"), g.columns);
@@ -130,16 +156,21 @@ Tensor frame_map_rows(int64_t op, int64_t mode, const Tensor& gram, const Tensor
   const int64_t width = op == 1 ? 2 : op == 2 ? 6 + m : 4;
   Tensor out = empty_scalars(view_of(gram, DType::f64), g.rows, width);
   double* to = static_cast<double*>(out.data());
+  FrameCall call;
+  call.op = static_cast<FrameOp>(op);
+  call.mode = static_cast<int>(mode);
+  call.rows = static_cast<int>(op) + 1;
+  call.outputs = op == 2 ? 2 : 1;
   for (int64_t b = 0; b < g.rows; ++b, to += width) {
-    const double *row = g.values.data() + b * columns, *scalars = p.values.data() + b * parameters;
-    FrameMap map = {};
-    if (op == 1) {
-      lm_map(static_cast<int>(mode), row, scalars, map);
-    } else if (op == 2) {
-      lm_backward_map(static_cast<int>(mode), row, scalars, map, to + 6);
-    } else {
-      lm_jvp_map(static_cast<int>(mode), row, scalars, map);
+    const double* row = g.data + b * columns;
+    double packed[kMaxGram] = {};
+    std::copy_n(row, columns, packed);
+    if (op == 3) {  // the columns are (n, e, R) and their tangents
+      const double entries[8] = {row[0], row[1], row[2], 0.5 * row[3], row[4], 0.0, 0.0, 0.5 * row[5]};
+      std::copy_n(entries, 8, packed);
     }
+    FrameMap map = {};
+    frame_map(call, packed, p.data + b * parameters, map, op == 2 ? to + 6 : nullptr);
     if (op == 2) {
       for (int i = 0; i < 2; ++i)
         for (int j = 0; j < 3; ++j) to[3 * i + j] = map.zero >> i & 1u ? 0.0 : map.c[i][j];
@@ -148,6 +179,12 @@ Tensor frame_map_rows(int64_t op, int64_t mode, const Tensor& gram, const Tensor
     }
   }
   return out;
+}
+
+// One set of functions for both keys: the tensors say where a call runs.
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("_frame_gram", TORCH_BOX(&frame_gram));
+  m.impl("_frame_apply", TORCH_BOX(&frame_apply));
 }
 
 }  // namespace
@@ -164,7 +201,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
-  m.impl("_frame_gram", TORCH_BOX(&marquardt::frame_gram));
-  m.impl("_frame_apply", TORCH_BOX(&marquardt::frame_apply));
+  marquardt::register_kernels(m);
   m.impl("_frame_map", TORCH_BOX(&marquardt::frame_map_rows));
 }
+
+#if defined(MARQUARDT_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(marquardt, CUDA, m) {
+  marquardt::register_kernels(m);
+}
+#endif

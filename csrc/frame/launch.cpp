@@ -2,11 +2,23 @@
 
 #include <utility>
 
+#include "frame/run.h"
+
 namespace marquardt {
 namespace {
 
 bool pairs_with(DType state, DType model) {
   return state == model || (state == DType::f32 && model != DType::f64);
+}
+
+// Columns [at, at + m) of a table on a GPU: rows of a tensor there, or m numbers of the host for every row. Launches
+// alone, so that it can be captured and waits for nothing.
+void write_columns(const Tensor& table, int64_t at, int64_t m, const Tensor* rows, const double* numbers) {
+  if (rows != nullptr) {
+    columns_of(table, at, m).copy_from(*rows);
+  } else {
+    for (int64_t j = 0; j < m; ++j) fill(columns_of(table, at + j, 1), numbers[j]);
+  }
 }
 
 }  // namespace
@@ -17,11 +29,10 @@ FrameLauncher::FrameLauncher(const char* op, const char* argument, const Tensor&
       first_name_(argument),
       first_index_(index),
       first_(first),
-      state_(floating_view(op, argument, first, index)) {
+      state_(floating_view(op, argument, first, index)),
+      gpu_(on_gpu(state_)) {
   const Samples samples = samples_of(op, argument, index, state_, batch_dims);
-  if (state_.device_type != aoti_torch_device_type_cpu()) {
-    value_error(op, label(argument, index), "be on the CPU here", "another device");
-  }
+  if (!gpu_ && !state_.on_cpu()) value_error(op, label(argument, index), "be on the CPU here", state_.device());
   call.batch = samples.batch;
   call.size = samples.size;
   call.compute = state_.dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -47,8 +58,9 @@ void FrameLauncher::add(const char* argument, const Tensor& t, int index) {
     value_error(op_, label(argument, index), join("have the shape of ", first(), " (", state_.shape(), ")"),
                 view.shape());
   }
-  if (view.device_type != state_.device_type) {
-    value_error(op_, label(argument, index), join("be on the device of ", first(), " (cpu)"), "another device");
+  if (!view.same_device(state_)) {
+    value_error(op_, label(argument, index), join("be on the device of ", first(), " (", state_.device(), ")"),
+                view.device());
   }
   if (!pairs_with(state_.dtype, view.dtype)) {
     type_error(op_, label(argument, index),
@@ -65,55 +77,100 @@ void FrameLauncher::add(const char* argument, const Tensor& t, int index) {
   append(t, view);
 }
 
-const double* FrameLauncher::rows_of(const char* argument, const Tensor& t, int64_t columns, bool& shared,
-                                     std::vector<double>& copy) const {
+FrameLauncher::Rows FrameLauncher::rows_of(const char* argument, const Tensor& t, int64_t columns) const {
   const View view = floating_view(op_, argument, t);
   if (view.dtype != DType::f64) type_error(op_, argument, "be float64", name_of(view.dtype));
-  shared = view.dims == 1 && view.sizes[0] == columns;
+  Rows found;
+  found.shared = view.dims == 1 && view.sizes[0] == columns;
   const bool each = view.dims == 2 && view.sizes[0] == call.batch && view.sizes[1] == columns;
-  if (!shared && !each) {
+  if (!found.shared && !each) {
     value_error(op_, argument, join("have shape [", columns, "] or [", call.batch, ", ", columns, "]"), view.shape());
   }
-  if (view.device_type != state_.device_type) value_error(op_, argument, "be on the CPU", "another device");
-  const double* data = static_cast<const double*>(view.data);
-  const int64_t rows = shared ? 1 : call.batch, row_stride = shared ? columns : view.strides[0];
+  found.on_cpu = view.on_cpu();
+  if (found.shared && !found.on_cpu) {
+    value_error(op_, argument, "be on the CPU when it is shared by the batch", view.device());
+  }
+  if (each && !view.same_device(state_)) {
+    value_error(op_, argument, join("be on the data's device (", state_.device(), ")"), view.device());
+  }
+  found.data = static_cast<const double*>(view.data);
+  const int64_t rows = found.shared ? 1 : call.batch, row_stride = found.shared ? columns : view.strides[0];
   const int64_t column_stride = view.strides[view.dims - 1];
-  if (column_stride == 1 && row_stride == columns) return data;
-  copy.resize(static_cast<size_t>(rows * columns));
+  found.dense = column_stride == 1 && row_stride == columns;
+  if (found.dense || (gpu_ && each)) return found;
+  found.copy.resize(static_cast<size_t>(rows * columns));
   for (int64_t b = 0; b < rows; ++b)
     for (int64_t j = 0; j < columns; ++j)
-      copy[static_cast<size_t>(b * columns + j)] = data[b * row_stride + j * column_stride];
-  return copy.data();
+      found.copy[static_cast<size_t>(b * columns + j)] = found.data[b * row_stride + j * column_stride];
+  found.data = found.copy.data();
+  found.dense = true;
+  return found;
+}
+
+void FrameLauncher::use_values(std::vector<double> values, int64_t columns, bool shared) {
+  values_ = std::move(values);
+  call.parameters = values_.data();
+  call.parameter_stride = shared ? 0 : columns;
+  call.parameter_count = static_cast<int>(columns);
+}
+
+void FrameLauncher::use_table(Tensor table, int64_t columns) {
+  table_ = std::move(table);
+  coef_ = &table_;
+  call.parameters = static_cast<const double*>(table_.data());
+  call.parameter_stride = columns;
+  call.parameter_count = static_cast<int>(columns);
+  call.host_parameters = false;
 }
 
 void FrameLauncher::parameters(const Tensor& coef, int64_t columns) {
-  bool shared = false;
-  call.parameters = rows_of("coef", coef, columns, shared, values_);
+  Rows rows = rows_of("coef", coef, columns);
   columns_ = columns;
-  call.parameter_stride = shared ? 0 : columns;
+  readable_ = rows.on_cpu;
+  call.host_parameters = rows.shared;
+  if (!rows.copy.empty()) return use_values(std::move(rows.copy), columns, rows.shared);
+  if (gpu_ && !rows.shared) coef_ = &coef;
+  if (!rows.dense) {
+    Tensor table = empty_scalars(state_, call.batch, columns);
+    table.copy_from(coef);
+    return use_table(std::move(table), columns);
+  }
+  call.parameters = rows.data;
+  call.parameter_stride = rows.shared ? 0 : columns;
+  call.parameter_count = static_cast<int>(columns);
 }
 
 void FrameLauncher::tangents(const Tensor& coef_t) {
-  bool shared = false;
-  std::vector<double> copy, joined;
-  const double* moved = rows_of("coef_t", coef_t, columns_, shared, copy);
-  const int64_t rows = shared && call.parameter_stride == 0 ? 1 : call.batch, m = columns_;
+  const Rows moved = rows_of("coef_t", coef_t, columns_);
+  const bool shared = moved.shared && call.parameter_stride == 0;
+  const int64_t rows = shared ? 1 : call.batch, m = columns_;
+  if (gpu_ && !shared) {
+    Tensor table = empty_scalars(state_, rows, 2 * m);
+    write_columns(table, 0, m, coef_, call.parameters);
+    write_columns(table, m, m, moved.shared ? nullptr : &coef_t, moved.data);
+    return use_table(std::move(table), 2 * m);
+  }
+  std::vector<double> joined;
   for (int64_t b = 0; b < rows; ++b) {
-    const double *p = parameter_row(b), *t = moved + (shared ? 0 : b * m);
+    const double *p = parameter_row(b), *t = moved.data + (moved.shared ? 0 : b * m);
     joined.insert(joined.end(), p, p + m);
     joined.insert(joined.end(), t, t + m);
   }
-  values_ = std::move(joined);
-  call.parameters = values_.data();
-  call.parameter_stride = rows == 1 ? 0 : 2 * m;
+  use_values(std::move(joined), 2 * m, shared);
 }
 
 void FrameLauncher::zero_parameter(int64_t column) {
-  const int64_t rows = parameter_rows();
+  const bool shared = call.parameter_stride == 0;
+  const int64_t rows = shared ? 1 : call.batch;
+  if (gpu_ && !shared) {
+    Tensor table = empty_scalars(state_, rows, columns_);
+    write_columns(table, 0, columns_, coef_, nullptr);
+    fill(columns_of(table, column, 1), 0.0);
+    return use_table(std::move(table), columns_);
+  }
   std::vector<double> copy(call.parameters, call.parameters + rows * columns_);
   for (int64_t b = 0; b < rows; ++b) copy[static_cast<size_t>(b * columns_ + column)] = 0.0;
-  values_ = std::move(copy);
-  call.parameters = values_.data();
+  use_values(std::move(copy), columns_, shared);
 }
 
 void FrameLauncher::noise(const std::optional<Tensor>& seed) {
@@ -125,8 +182,8 @@ void FrameLauncher::noise(const std::optional<Tensor>& seed) {
   const bool shared = view.dims == 1 && view.sizes[0] == 2;
   const bool each = view.dims == 2 && view.sizes[0] == call.batch && view.sizes[1] == 2;
   if (!shared && !each) value_error(op_, "seed", join("have shape [2] or [", call.batch, ", 2]"), view.shape());
-  if (view.device_type != state_.device_type) {
-    value_error(op_, "seed", "be on the data's device (cpu)", "another device");
+  if (!view.same_device(state_)) {
+    value_error(op_, "seed", join("be on the data's device (", state_.device(), ")"), view.device());
   }
   if (view.strides[view.dims - 1] != 1 || (each && view.strides[0] != 2)) {
     value_error(op_, "seed", "be contiguous", "strides with gaps");
@@ -159,8 +216,8 @@ void FrameLauncher::output(const Tensor& out) {
   if (view.dtype != state_.dtype) {
     type_error(op_, "out", join("have the dtype of ", first(), " (", name_of(state_.dtype), ")"), name_of(view.dtype));
   }
-  if (view.device_type != state_.device_type) {
-    value_error(op_, "out", join("be on the device of ", first(), " (cpu)"), "another device");
+  if (!view.same_device(state_)) {
+    value_error(op_, "out", join("be on the device of ", first(), " (", state_.device(), ")"), view.device());
   }
   check_writable(op_, view);
   for (int j = 0; j < call.streams; ++j) check_overlap(op_, view, inputs_[j]);
@@ -178,12 +235,12 @@ const double* FrameLauncher::parameter_row(int64_t b) const {
   return call.parameters + b * call.parameter_stride;
 }
 
-int64_t FrameLauncher::parameter_rows() const {
-  return call.parameter_stride == 0 ? 1 : call.batch;
+int64_t FrameLauncher::readable_rows() const {
+  return !readable_ ? 0 : call.parameter_stride == 0 ? 1 : call.batch;
 }
 
 std::vector<Tensor> FrameLauncher::run() {
-  frame_cpu(call);
+  run_frame(call, state_);
   std::vector<Tensor> outputs;
   if (result_.has_value()) outputs.push_back(result_->finish());
   for (Result& r : more_results_) outputs.push_back(r.finish());
@@ -191,7 +248,7 @@ std::vector<Tensor> FrameLauncher::run() {
 }
 
 Tensor FrameLauncher::run_one() {
-  frame_cpu(call);
+  run_frame(call, state_);
   return result_->finish();
 }
 

@@ -22,9 +22,9 @@ class FrameLauncher {
   // Appends the state itself as the next vector.
   void add_state();
 
-  // The op's scalars, `coef` [m] or [B, m], float64.
+  // The op's scalars, float64: `coef` [m] on the CPU, shared by the batch, or [B, m] beside the data.
   void parameters(const Tensor& coef, int64_t columns);
-  // Appends the tangents of the scalars, like `coef`, to each row of parameters.
+  // Appends the tangents of the scalars, [m] or [B, m], to each row of parameters.
   void tangents(const Tensor& coef_t);
   // Sets one scalar to 0 in every row.
   void zero_parameter(int64_t column);
@@ -36,9 +36,10 @@ class FrameLauncher {
   // [B, columns] float64.
   Tensor scalars(int64_t columns);
 
-  // The parameters of sample b (0 if shared), for checks.
+  // The parameters of sample b (0 if shared), for checks, and how many rows of them the host can read: none of those
+  // that lie on a GPU.
   const double* parameter_row(int64_t b) const;
-  int64_t parameter_rows() const;
+  int64_t readable_rows() const;
 
   // Runs the kernel and returns the outputs, each where it belongs.
   std::vector<Tensor> run();
@@ -52,20 +53,33 @@ class FrameLauncher {
  private:
   void append(const Tensor& t, View view);
   void append(Result result);
-  // Rows of float64 numbers, [m] or [B, m], behind one another: in place, or in `copy`.
-  const double* rows_of(const char* argument, const Tensor& t, int64_t columns, bool& shared,
-                        std::vector<double>& copy) const;
+  // Rows of float64 numbers, [m] or [B, m]: they lie behind one another, in place or in a copy.
+  struct Rows {
+    const double* data = nullptr;
+    bool shared = false;  // [m], on the CPU
+    bool on_cpu = true;
+    bool dense = true;  // false on a GPU alone: elsewhere `copy` holds what lay otherwise
+    std::vector<double> copy;
+  };
+  Rows rows_of(const char* argument, const Tensor& t, int64_t columns) const;
+  void use_values(std::vector<double> values, int64_t columns, bool shared);
+  // The same for a table [B, columns] on the GPU.
+  void use_table(Tensor table, int64_t columns);
 
   const char* op_;
   const char* first_name_;
   int first_index_;
   Tensor first_;
   View state_;
+  bool gpu_;
   std::optional<DType> model_;  // the second dtype of the call, once one was seen
   Walk walk_;
-  std::vector<Tensor> copies_;  // inputs that lay otherwise, alive until the kernel is done
-  std::vector<double> values_;  // parameters that could not be read where they lie, columns_ per row
+  std::vector<Tensor> copies_;    // inputs that lay otherwise, alive until the kernel is done
+  const Tensor* coef_ = nullptr;  // the parameters as a tensor, where they lie on a GPU
+  std::vector<double> values_;    // parameters that could not be read where they lie
+  Tensor table_;                  // the same on a GPU
   int64_t columns_ = 0;
+  bool readable_ = true;  // whether the host reads the parameters
   View inputs_[kMaxVectors];
   std::optional<Result> result_;  // the first output, and the others
   std::vector<Result> more_results_;

@@ -17,8 +17,9 @@ void check_mode(const char* op, int64_t mode) {
   if (mode < 0 || mode > 2) value_error(op, "variant", "be 0, 1 or 2", mode);
 }
 
+// Of those that the host knows: on a GPU a bad number spoils its sample and nothing is raised.
 void check_scalars(const char* op, const FrameLauncher& launcher, int64_t mode) {
-  for (int64_t b = 0; b < launcher.parameter_rows(); ++b) {
+  for (int64_t b = 0; b < launcher.readable_rows(); ++b) {
     const double* p = launcher.parameter_row(b);
     if (mode == kExtrapolate) {
       if (!std::isfinite(p[0])) value_error(op, "extrapolation", "be finite", p[0]);
@@ -29,7 +30,7 @@ void check_scalars(const char* op, const FrameLauncher& launcher, int64_t mode) 
   }
 }
 
-// Whether one κ (or γ) for the whole batch is 0: then prev is not even looked at.
+// Whether one κ (or γ) for the whole batch, which the host then knows, is 0: prev is not even looked at.
 bool never_reads_prev(const FrameLauncher& launcher, int mode) {
   return launcher.call.parameter_stride == 0 && !lm_reads_prev(mode, launcher.call.parameters);
 }
@@ -104,6 +105,18 @@ Tensor jvp(const Tensor& eps, const Tensor& prev, const Tensor& coef, const Tens
   return launcher.run_one();
 }
 
+// One set of functions for both keys: the tensors say where a call runs.
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  m.impl("lm_direction", TORCH_BOX(&lm_direction));
+  m.impl("lm_direction_out", TORCH_BOX(&lm_direction_out));
+  m.impl("lm_direction_backward", TORCH_BOX(&backward));
+  m.impl("lm_direction_jvp", TORCH_BOX(&jvp));
+  m.impl("_lm_direction", TORCH_BOX(&lm_direction));
+  m.impl("_lm_direction_out", TORCH_BOX(&lm_direction_out));
+  m.impl("_lm_direction_backward", TORCH_BOX(&backward));
+  m.impl("_lm_direction_jvp", TORCH_BOX(&jvp));
+}
+
 }  // namespace
 }  // namespace marquardt
 
@@ -129,12 +142,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
-  m.impl("lm_direction", TORCH_BOX(&marquardt::lm_direction));
-  m.impl("lm_direction_out", TORCH_BOX(&marquardt::lm_direction_out));
-  m.impl("lm_direction_backward", TORCH_BOX(&marquardt::backward));
-  m.impl("lm_direction_jvp", TORCH_BOX(&marquardt::jvp));
-  m.impl("_lm_direction", TORCH_BOX(&marquardt::lm_direction));
-  m.impl("_lm_direction_out", TORCH_BOX(&marquardt::lm_direction_out));
-  m.impl("_lm_direction_backward", TORCH_BOX(&marquardt::backward));
-  m.impl("_lm_direction_jvp", TORCH_BOX(&marquardt::jvp));
+  marquardt::register_kernels(m);
 }
+
+#if defined(MARQUARDT_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(marquardt, CUDA, m) {
+  marquardt::register_kernels(m);
+}
+#endif

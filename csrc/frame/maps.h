@@ -20,7 +20,7 @@ enum LmMode : int { kKeepNorm = 0, kPlain = 1, kExtrapolate = 2 };
 // out = c0·ε + c1·r. Pt − Et is formed as κR + e, never as the difference of the two inner products, which would
 // lose six digits at correlation 0.999999.
 template <class S>
-MQ_HOST_DEVICE inline void lm_coefficients(int mode, S n, S e, S R, S first, S second, S& c0, S& c1) {
+MQ_MAP void lm_coefficients(int mode, S n, S e, S R, S first, S second, S& c0, S& c1) {
   S G = n * R - e * e;  // Gram determinant, ≥ 0 up to rounding
   if (value(G) < 0.0) G = S(0.0);
   c0 = c1 = S(0.0);
@@ -52,56 +52,80 @@ MQ_HOST_DEVICE inline void lm_coefficients(int mode, S n, S e, S R, S first, S s
   c1 = -(scale * b);
 }
 
-MQ_HOST_DEVICE inline int lm_parameters(int mode) {
+MQ_MAP int lm_parameters(int mode) {
   return mode == kExtrapolate ? 1 : 2;
 }
 
 // κ (or γ) is what brings prev in: the last parameter.
-MQ_HOST_DEVICE inline bool lm_reads_prev(int mode, const double* p) {
+MQ_MAP bool lm_reads_prev(int mode, const double* p) {
   return p[lm_parameters(mode) - 1] != 0.0;
 }
 
 // Rows (ε, r) -> out.
-MQ_HOST_DEVICE inline void lm_map(int mode, const double* gram, const double* p, FrameMap& map) {
+MQ_MAP void lm_map(int mode, const double* gram, const double* p, FrameMap& map) {
   const bool mixes = lm_reads_prev(mode, p);
   double c0 = 1.0, c1 = 0.0;
   if (mixes || mode == kPlain) {
-    lm_coefficients(mode, gram[0], gram[1], gram[2], p[0], mode == kExtrapolate ? 0.0 : p[1], c0, c1);
+    // Without prev there is one row, and one entry.
+    lm_coefficients(mode, gram[0], mixes ? gram[1] : 0.0, mixes ? gram[2] : 0.0, p[0],
+                    mode == kExtrapolate ? 0.0 : p[1], c0, c1);
   }
   map.c[0][0] = c0;
   map.c[0][1] = c1;
   map.used = mixes ? 3u : 1u;
 }
 
-// The five inputs of lm_coefficients as duals, c0 and c1 with their derivatives.
+// c0 and c1 with their derivatives by the five inputs of lm_coefficients: n, e, R, first, second. They lie in the work
+// space of the map, which is shared memory on a GPU.
 struct LmDerivatives {
-  Dual<5> c0, c1;  // d/d(n, e, R, first, second)
+  static constexpr int kInputs = 5, kSize = 2 + 2 * kInputs;
+  double* work;
+  MQ_MAP double& c0() const { return work[0]; }
+  MQ_MAP double& c1() const { return work[1]; }
+  MQ_MAP double& c0(int input) const { return work[2 + input]; }
+  MQ_MAP double& c1(int input) const { return work[2 + kInputs + input]; }
 };
 
-MQ_HOST_DEVICE inline LmDerivatives lm_derivatives(int mode, double n, double e, double R, const double* p) {
-  using D = Dual<5>;
-  LmDerivatives out;
+// By one input; input 0 leaves the values too.
+MQ_MAP void lm_derivative(int mode, double n, double e, double R, const double* p, int input, LmDerivatives out) {
+  using D = Dual<1>;
+  const auto along = [input](double x, int i) {
+    D number(x);
+    number.d[0] = i == input ? 1.0 : 0.0;
+    return number;
+  };
   const double second = mode == kExtrapolate ? 0.0 : p[1];
-  lm_coefficients(mode, D::input(n, 0), D::input(e, 1), D::input(R, 2), D::input(p[0], 3), D::input(second, 4), out.c0,
-                  out.c1);
-  return out;
+  D c0, c1;
+  lm_coefficients(mode, along(n, 0), along(e, 1), along(R, 2), along(p[0], 3), along(second, 4), c0, c1);
+  if (input == 0) {
+    out.c0() = c0.v;
+    out.c1() = c1.v;
+  }
+  out.c0(input) = c0.d[0];
+  out.c1(input) = c1.d[0];
+}
+
+// Whether the derivatives look at prev: forward mode does too where a tangent of κ brings it in at κ = 0.
+MQ_MAP bool lm_derivatives_read_prev(FrameOp op, int mode, const double* p) {
+  return lm_reads_prev(mode, p) || (op == FrameOp::lm_direction_jvp && p[2 * lm_parameters(mode) - 1] != 0.0);
 }
 
 // Rows (ε, r, g) -> (d_eps, d_prev), scalars d_parameters. With F = c0⟨g,ε⟩ + c1⟨g,r⟩:
 // r̄ = c1 g + F_e ε + 2F_R r = d_prev;  d_eps = c0 g + 2F_n ε + F_e r − r̄.
-MQ_HOST_DEVICE inline void lm_backward_map(int mode, const double* gram, const double* p, FrameMap& map, double* d_p) {
+MQ_MAP void lm_backward_map(int mode, const double* gram, const double* p, FrameMap& map, double* d_p) {
   // At κ = 0 prev may hold anything: only the derivative of κ itself looks at it.
   const bool reads = lm_reads_prev(mode, p);
   const int last = lm_parameters(mode) - 1;
   const double n = gram[0], ge = gram[3];
-  const double e = reads ? gram[1] : 0.0, R = reads ? gram[2] : 0.0, gr = reads ? gram[4] : 0.0;
-  const LmDerivatives c = lm_derivatives(mode, n, e, R, p);
-  double F[5];
-  for (int i = 0; i < 5; ++i) F[i] = c.c0.d[i] * ge + c.c1.d[i] * gr;
-  for (int i = 0; i <= last; ++i) d_p[i] = F[3 + i];
-  if (!reads) {
-    const LmDerivatives full = lm_derivatives(mode, n, gram[1], gram[2], p);
-    d_p[last] = full.c0.d[3 + last] * ge + full.c1.d[3 + last] * gram[4];
+  const double gr = reads ? gram[4] : 0.0;
+  const LmDerivatives c{map.work};
+  const auto F = [&](int input) { return c.c0(input) * ge + c.c1(input) * gr; };
+  if (d_p != nullptr) {
+    for (int i = 0; i <= last; ++i) d_p[i] = F(3 + i);
+    if (!reads) {
+      const LmDerivatives full{map.work + LmDerivatives::kSize};
+      d_p[last] = full.c0(3 + last) * ge + full.c1(3 + last) * gram[4];
+    }
   }
 
   if (!reads && mode != kPlain) {  // the identity: prev must not be touched
@@ -111,45 +135,45 @@ MQ_HOST_DEVICE inline void lm_backward_map(int mode, const double* gram, const d
     map.zero = 2u;  // d_prev
     return;
   }
-  map.c[0][0] = 2.0 * F[0] - F[1];
-  map.c[0][1] = F[1] - 2.0 * F[2];
-  map.c[0][2] = c.c0.v - c.c1.v;
-  map.c[1][0] = F[1];
-  map.c[1][1] = 2.0 * F[2];
-  map.c[1][2] = c.c1.v;
+  map.c[0][0] = 2.0 * F(0) - F(1);
+  map.c[0][1] = F(1) - 2.0 * F(2);
+  map.c[0][2] = c.c0() - c.c1();
+  map.c[1][0] = F(1);
+  map.c[1][1] = 2.0 * F(2);
+  map.c[1][2] = c.c1();
   map.used = 7u;
   if (!reads) {  // κ = 0 without renormalisation: out = λ/(λ+n)·ε
-    map.c[0][0] = 2.0 * F[0];
+    map.c[0][0] = 2.0 * F(0);
     map.c[0][1] = 0.0;
-    map.c[0][2] = c.c0.v;
+    map.c[0][2] = c.c0();
     map.used = 5u;
     map.zero = 2u;
   }
 }
 
 // Rows (ε, r, ε', r') -> out' with ṅ = 2⟨ε,ε'⟩, ė = ⟨ε',r⟩ + ⟨ε,r'⟩, Ṙ = 2⟨r,r'⟩; p = (parameters, tangents).
-MQ_HOST_DEVICE inline void lm_jvp_map(int mode, const double* dot, const double* p, FrameMap& map) {
+MQ_MAP void lm_jvp_map(int mode, const double* gram, const double* p, FrameMap& map) {
   const int m = lm_parameters(mode);
-  const bool reads = lm_reads_prev(mode, p) || p[2 * m - 1] != 0.0;  // a tangent of κ brings prev in even at κ = 0
-  const double e = reads ? dot[1] : 0.0, R = reads ? dot[2] : 0.0;
-  const LmDerivatives c = lm_derivatives(mode, dot[0], e, R, p);
-  const double tangent[5] = {dot[3], reads ? dot[4] : 0.0, reads ? dot[5] : 0.0, p[m], m == 2 ? p[m + 1] : 0.0};
+  const bool reads = lm_derivatives_read_prev(FrameOp::lm_direction_jvp, mode, p);
+  const LmDerivatives c{map.work};
+  const double tangent[5] = {2.0 * gram[3], reads ? gram[4] + gram[6] : 0.0, reads ? 2.0 * gram[7] : 0.0, p[m],
+                             m == 2 ? p[m + 1] : 0.0};
   double t0 = 0.0, t1 = 0.0;
   for (int i = 0; i < 5; ++i) {
-    t0 += c.c0.d[i] * tangent[i];
-    t1 += c.c1.d[i] * tangent[i];
+    t0 += c.c0(i) * tangent[i];
+    t1 += c.c1(i) * tangent[i];
   }
   map.c[0][0] = t0;
   map.c[0][1] = t1;
-  map.c[0][2] = c.c0.v;
-  map.c[0][3] = c.c1.v;
+  map.c[0][2] = c.c0();
+  map.c[0][3] = c.c1();
   map.used = 15u;
   if (!reads) {
     map.c[0][1] = map.c[0][3] = 0.0;
     map.used = 5u;
     if (mode != kPlain) {
       map.c[0][0] = 0.0;
-      map.c[0][2] = dot[0] == 0.0 ? 0.0 : 1.0;
+      map.c[0][2] = gram[0] == 0.0 ? 0.0 : 1.0;
       map.used = 4u;
     }
   }
@@ -158,7 +182,7 @@ MQ_HOST_DEVICE inline void lm_jvp_map(int mode, const double* dot, const double*
 // --- the switch ------------------------------------------------------------------------------------------------
 
 // Rows whose Gram the op needs for a sample with these parameters (bit j: row j); 0: no Gram at all.
-MQ_HOST_DEVICE inline uint32_t gram_rows(const FrameCall& call, const double* p) {
+MQ_MAP uint32_t gram_rows(const FrameCall& call, const double* p) {
   const uint32_t all = (1u << call.rows) - 1u;
   switch (call.op) {
     case FrameOp::lm_direction:
@@ -170,9 +194,32 @@ MQ_HOST_DEVICE inline uint32_t gram_rows(const FrameCall& call, const double* p)
   }
 }
 
-// `gram` is packed as call.gram says; entries of rows outside `gram_rows` are 0.
-MQ_HOST_DEVICE inline void frame_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map,
-                                     double* scalars) {
+// Rows whose values may count at all for a sample with these parameters: at κ = 0 prev is not looked at.
+MQ_MAP uint32_t rows_read(const FrameCall& call, const double* p) {
+  if (call.op == FrameOp::lm_direction) return call.rows > 1 && lm_reads_prev(call.mode, p) ? 3u : 1u;
+  return (1u << call.rows) - 1u;
+}
+
+// The long parts of a map, which do not need one another: a GPU gives each a lane. They write to map.work.
+MQ_MAP int map_parts(const FrameCall& call, const double* p) {
+  switch (call.op) {
+    case FrameOp::lm_direction_backward:  // κ's own derivative looks at prev even at κ = 0
+      return lm_reads_prev(call.mode, p) ? LmDerivatives::kInputs : 2 * LmDerivatives::kInputs;
+    case FrameOp::lm_direction_jvp: return LmDerivatives::kInputs;
+    default: return 0;
+  }
+}
+
+MQ_MAP void map_part(const FrameCall& call, const double* gram, const double* p, int part, FrameMap& map) {
+  const int set = part / LmDerivatives::kInputs;
+  const bool reads = set == 1 || lm_derivatives_read_prev(call.op, call.mode, p);
+  lm_derivative(call.mode, gram[0], reads ? gram[1] : 0.0, reads ? gram[2] : 0.0, p, part % LmDerivatives::kInputs,
+                LmDerivatives{map.work + set * LmDerivatives::kSize});
+}
+
+// The rest, after the parts. `scalars` may be null. `gram` is packed as call.gram says; entries of rows outside
+// `gram_rows` are 0.
+MQ_MAP void finish_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map, double* scalars) {
   map.zero = 0u;
   switch (call.op) {
     case FrameOp::given:
@@ -186,16 +233,8 @@ MQ_HOST_DEVICE inline void frame_map(const FrameCall& call, const double* gram, 
       }
       return;
     case FrameOp::lm_direction: lm_map(call.mode, gram, p, map); return;
-    case FrameOp::lm_direction_backward: {
-      const double g[5] = {gram[0], gram[1], gram[2], gram[3], gram[4]};
-      lm_backward_map(call.mode, g, p, map, scalars);
-      return;
-    }
-    case FrameOp::lm_direction_jvp: {
-      const double g[6] = {gram[0], gram[1], gram[2], 2.0 * gram[3], gram[4] + gram[6], 2.0 * gram[7]};
-      lm_jvp_map(call.mode, g, p, map);
-      return;
-    }
+    case FrameOp::lm_direction_backward: lm_backward_map(call.mode, gram, p, map, scalars); return;
+    case FrameOp::lm_direction_jvp: lm_jvp_map(call.mode, gram, p, map); return;
     case FrameOp::affine:
       for (int j = 0; j < call.rows; ++j) map.c[0][j] = p[j];
       map.used = (1u << call.rows) - 1u;
@@ -209,9 +248,15 @@ MQ_HOST_DEVICE inline void frame_map(const FrameCall& call, const double* gram, 
   }
 }
 
+MQ_MAP void frame_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map, double* scalars) {
+  const int parts = map_parts(call, p);
+  for (int part = 0; part < parts; ++part) map_part(call, gram, p, part, map);
+  finish_map(call, gram, p, map, scalars);
+}
+
 // Whether float32 products lost what this sample needs: squares out of range, or a determinant of nearly parallel
 // vectors. The engine then takes the Gram again with products in double.
-MQ_HOST_DEVICE inline bool wants_exact_gram(const FrameCall& call, const double* gram, uint32_t rows) {
+MQ_MAP bool wants_exact_gram(const FrameCall& call, const double* gram, uint32_t rows) {
   switch (call.op) {
     case FrameOp::lm_direction:
     case FrameOp::lm_direction_backward:

@@ -22,6 +22,11 @@
 #ifndef MARQUARDT_CUDA_ARCHS
 #define MARQUARDT_CUDA_ARCHS "none"
 #endif
+#if defined(MARQUARDT_EMULATION)
+#define MARQUARDT_ISA_IN_USE "emulated CUDA"
+#else
+#define MARQUARDT_ISA_IN_USE marquardt::frame_cpu_isa()
+#endif
 #ifndef MARQUARDT_COMMIT
 #define MARQUARDT_COMMIT "unknown"
 #endif
@@ -31,7 +36,7 @@ extern "C" __attribute__((visibility("default"))) const char* marquardt_build_in
   static const std::string text =
       marquardt::join(R"({"version": ")", MARQUARDT_VERSION, R"(", "compiler": ")", MARQUARDT_COMPILER,
                       R"(", "flags": ")", MARQUARDT_CXX_FLAGS, R"(", "cuda": ")", MARQUARDT_CUDA_ARCHS,
-                      R"(", "commit": ")", MARQUARDT_COMMIT, R"(", "isa": ")", marquardt::frame_cpu_isa(), R"("})");
+                      R"(", "commit": ")", MARQUARDT_COMMIT, R"(", "isa": ")", MARQUARDT_ISA_IN_USE, R"("})");
   return text.c_str();
 }
 

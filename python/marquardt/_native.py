@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import torch
 
@@ -36,13 +38,41 @@ def why_not() -> str | None:
     return _ERROR
 
 
+@functools.cache
+def handle() -> ctypes.CDLL | None:
+    """The loaded library for plain C calls, None without one."""
+    return None if _ERROR is not None else ctypes.CDLL(str(library_path()))
+
+
 def build_info() -> dict[str, object]:
     """How the library was built: compiler, flags, CUDA architectures, and the instruction set in use."""
-    if _ERROR is not None:
+    library = handle()
+    if library is None:
         return {}
-    library = ctypes.CDLL(str(library_path()))
     library.marquardt_build_info.restype = ctypes.c_char_p
     return json.loads(library.marquardt_build_info().decode())
+
+
+def emulated() -> bool:
+    """Whether the CPU plays a GPU: CPU tensors run through the CUDA kernels (a build for tests)."""
+    return "emulated" in str(build_info().get("isa", ""))
+
+
+def plan_of(call: Callable[[], object]) -> str | None:
+    """How the CUDA kernels would run `call`, in words; nothing is launched, results hold anything.
+
+    None where no CUDA kernel was asked, or the build has none.
+    """
+    library = handle()
+    if library is None or not hasattr(library, "marquardt_plan_begin"):
+        return None
+    library.marquardt_plan_end.restype = ctypes.c_char_p
+    library.marquardt_plan_begin()
+    try:
+        call()
+    finally:
+        text = library.marquardt_plan_end().decode()
+    return text or None
 
 
 load()

@@ -1,10 +1,11 @@
 """Which backend runs an op, and why the others do not.
 
+    cuda        the native CUDA kernels                    CUDA tensors
     cpu         the native C++ kernels                     CPU tensors
     triton      triton_kernels/                            CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
     reference   the definition in plain PyTorch            everything
 
-`auto` takes the first of this order that can run. Forcing one that cannot raises, with every backend's reason.
+`auto` takes the first of `PREFERENCE` that can run. Forcing one that cannot raises, with every backend's reason.
 """
 
 from __future__ import annotations
@@ -18,11 +19,20 @@ from typing import Any
 
 import torch
 
-from . import _native
+from . import _native, gpu
 
 Tensor = torch.Tensor
 
 NAMES = ("cuda", "triton", "cpu", "reference")
+NATIVE = ("cuda", "cpu")  # one set of operators: their kernel is found by the device of the data
+
+# What `auto` takes, best first, by the device of the data.
+PREFERENCE = {
+    "cuda": ("cuda", "triton", "reference"),
+    "cpu": ("cpu", "triton", "reference"),  # Triton through its interpreter
+}
+_ELSEWHERE = ("reference",)
+
 _ENVIRONMENT = "MARQUARDT_BACKEND"
 
 
@@ -69,9 +79,11 @@ def _why_not_cuda(op: str, device: torch.device) -> str | None:
         return f"the data is on {device.type}"
     if _native.why_not() is not None:
         return _native.why_not()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"marquardt::{op}", "CUDA"):
+    if gpu.versions() is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"marquardt::_{op}", "CUDA"
+    ):
         return f"this build has no CUDA kernel of {op}"
-    return None
+    return gpu.why_not(device)
 
 
 def _why_not_triton(op: str, device: torch.device) -> str | None:
@@ -118,21 +130,73 @@ def available(device: str = "cpu") -> tuple[str, ...]:
     )
 
 
-_warned: set[tuple[str, str]] = set()
+_chosen: dict[tuple[str | None, str, torch.device], str] = {}
+_native_devices: dict[str, set[torch.device]] = {}
 
 
-def choose(op: str, device: torch.device) -> str:
-    """The backend for `op` on `device`; raises if a forced one cannot run, warns once for the slow reference."""
+def native_devices(op: str) -> set[torch.device]:
+    """Devices other than the CPU for which `auto` has chosen the native kernels of `op`; grows as calls are made."""
+    return _native_devices.setdefault(op, set())
+
+
+def forget() -> None:
+    """Decide anew at the next call: for tests that change what can run."""
+    _chosen.clear()
+    for devices in _native_devices.values():
+        devices.clear()
+
+
+def choose(op: str, first: Tensor) -> str:
+    """The backend for `op` on the data that begin with `first`.
+
+    Raises if a forced one cannot run, warns once for the slow reference. Asked once per device.
+    """
+    device = first.device
+    found = _chosen.get((_forced, op, device))
+    if found is None:
+        if device.type == "cuda" and _forced is None and _is_fake(first):
+            return "cuda" if _native.why_not() is None else "reference"  # shapes alone: no device is asked
+        found = _chosen[_forced, op, device] = _decided(op, device)
+        if found == "cuda" and _forced is None:
+            native_devices(op).add(device)
+    return found
+
+
+def _decided(op: str, device: torch.device) -> str:
     if _forced is not None:
         if _WHY_NOT[_forced](op, device) is None:
             return _forced
         raise NotImplementedError(_refusal(op, device))
-    for name in NAMES:
+    for name in PREFERENCE.get(device.type, _ELSEWHERE):
         if _WHY_NOT[name](op, device) is None:
             if name == "reference":
                 _warn(op, device)
             return name
     raise AssertionError("the reference runs everywhere")
+
+
+def _is_fake(t: Tensor) -> bool:
+    if type(t) is Tensor:
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(t, FakeTensor)
+
+
+def when_traced(op: str, index: int | None) -> str:
+    """The backend of `op` in a program traced for a CUDA device. Without one here the operator itself is recorded."""
+    if not torch.cuda.is_available():
+        return "cuda"
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    return next(name for name in PREFERENCE["cuda"] if _WHY_NOT[name](op, device) is None)
+
+
+# torch.compile calls it while it traces and keeps the answer; what `torch.compiler.assume_constant_result` sets, which
+# would import the whole of Dynamo.
+when_traced.__dict__["_dynamo_marked_constant"] = True
+
+
+_warned: set[tuple[str, str]] = set()
 
 
 def _refusal(op: str, device: torch.device) -> str:
@@ -146,22 +210,28 @@ def _warn(op: str, device: torch.device) -> None:
         return
     _warned.add((op, device.type))
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons(op, device).items() if reason)
-    warnings.warn(f"marquardt.{op} runs as plain PyTorch on {device.type} ({why})", stacklevel=5)
+    warnings.warn(f"marquardt.{op} runs as plain PyTorch on {device.type} ({why})", stacklevel=6)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the backend that a call would take, why others do not, and which inputs are copied."""
+    """What `explain` found: the backend that a call would take, why others do not, and which inputs are copied.
+
+    `plan` says how the CUDA kernels would be launched: which variant of them, on how many CTAs, in how much shared
+    memory.
+    """
 
     op: str
     backend: str | None
     reasons: dict[str, str | None]
     copies: tuple[str, ...] = field(default_factory=tuple)
+    plan: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend can run'}"]
         lines += [f"  {name}: {reason or 'can run'}" for name, reason in self.reasons.items()]
         lines += [f"  copied: {line}" for line in self.copies]
+        lines += [f"  plan: {self.plan}"] if self.plan else []
         return "\n".join(lines)
 
 
@@ -218,9 +288,27 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError("explain: args must hold a tensor, got none")
     first = tensors[0][1]
     why = reasons(name, first.device)
-    candidates = [forced()] if forced() else list(NAMES)
+    candidates = [forced()] if forced() else PREFERENCE.get(first.device.type, _ELSEWHERE)
     backend = next((n for n in candidates if n and why[n] is None), None)
     copies = (
         _copies(tensors, kwargs.get("batch_dims", 1), _draws_noise(kwargs)) if backend != "reference" else ()
     )
-    return Explanation(name, backend, why, copies)
+    plan = None
+    if backend == "cuda" or (backend == "cpu" and _native.emulated()):
+        plan = _plan(op, name, args, kwargs)
+    return Explanation(name, backend, why, copies, plan)
+
+
+def _plan(op: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """How the CUDA kernels would run the call. It goes all the way to the launch, which is left out."""
+    import marquardt
+
+    function = op if callable(op) else getattr(marquardt, name)
+    kwargs = {k: v for k, v in kwargs.items() if k != "out"}
+    if _draws_noise(kwargs) and kwargs.get("seed") is None:  # no generator may move
+        state = args[0][0] if args else kwargs["terms"][0]
+        listed = isinstance(kwargs.pop("generator", None), (list, tuple))
+        shape = (state.shape[0], 2) if listed else (2,)
+        kwargs["seed"] = torch.zeros(shape, dtype=torch.int64, device=state.device)
+    with torch.no_grad():
+        return _native.plan_of(lambda: function(*args, **kwargs))

@@ -97,6 +97,8 @@ class Op:
         self.list_at = kinds.index("list") if "list" in kinds else None
         self.tensors = len(kinds) - kinds.count("value")  # tensors come first, values behind
         registry[self.name] = self
+        # Devices for which `auto` takes the native kernels; the CPU needs no entry.
+        self.native_on = backends.native_devices(self.name)
         self.native: Callable[..., Any] | None = None
         if _native.why_not() is None:
             operators = torch.ops.marquardt
@@ -125,8 +127,9 @@ class Op:
         """The kernel itself, without autograd."""
         first = args[0][0] if type(args[0]) is list and args[0] else args[0]
         try:
-            if backends._forced is None and first.is_cpu and self.native is not None:
-                return self.native(*args)
+            if backends._forced is None and self.native is not None:
+                if first.is_cpu or first.device in self.native_on:
+                    return self.native(*args)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise errors.translate(error, self.check, args) from None
         return self._on_other_backend(args)
@@ -155,16 +158,25 @@ class Op:
         asked = False
         try:
             asked = _is_grad_enabled() and (self.asks_gradient(*args) or out.requires_grad)
-            if not asked and backends._forced is None and first.is_cpu and self.native is not None:
-                self.native_out(*args, out)
-                if not out.is_inference():
-                    _increment_version((out,))  # whoever saved `out` for a backward must notice
-                return out
+            if not asked and backends._forced is None and self.native is not None:
+                if first.is_cpu or first.device in self.native_on:
+                    self.native_out(*args, out)
+                    if not out.is_inference():
+                        _increment_version((out,))  # whoever saved `out` for a backward must notice
+                    return out
         except (RuntimeError, AttributeError, TypeError) as error:
             raise errors.translate(error, functools.partial(self._check_out, out), args) from None
         if asked:
             raise RuntimeError(_NO_GRADIENT.format(self.name))
         self._check_out(out, *args)
+        if backends.choose(self.name, first) in backends.NATIVE and self.native is not None:
+            try:
+                self.native_out(*args, out)
+            except RuntimeError as error:
+                raise errors.translate(error, None, args) from None
+            if not out.is_inference():
+                _increment_version((out,))
+            return out
         return out.copy_(self.plain(*args))
 
     def _check_out(self, out: Tensor, *args: Any) -> None:
@@ -182,9 +194,12 @@ class Op:
     def _on_other_backend(self, args: tuple[Any, ...]) -> Any:
         self.check(*args)
         first = args[0][0] if type(args[0]) is list else args[0]
-        backend = backends.choose(self.name, first.device)
-        if backend in ("cpu", "cuda") and self.native is not None:
-            return self.native(*args)
+        backend = backends.choose(self.name, first)
+        if backend in backends.NATIVE and self.native is not None:
+            try:
+                return self.native(*args)
+            except RuntimeError as error:
+                raise errors.translate(error, None, args) from None
         if backend == "triton":
             from .triton_kernels import frame
 
@@ -198,10 +213,13 @@ class Op:
 
     def _trace(self, args: tuple[Any, ...]) -> Any:
         self.check(*args)
-        forced = backends._forced
-        if forced == "reference":
+        device = (args[0][0] if isinstance(args[0], list) else args[0]).device
+        backend = backends._forced
+        if backend is None and device.type == "cuda":
+            backend = backends.when_traced(self.name, device.index)
+        if backend == "reference":
             return self.reference(*args)
-        if forced == "triton":
+        if backend == "triton":
             from . import triton_kernels
 
             return triton_kernels.traced(self.name)(*args)
@@ -259,7 +277,8 @@ class Op:
         if _native.why_not() is None:
             raw = f"{NAMESPACE}::_{self.name}"
             # Without an entry every call would pass a fallback that only looks for gradients.
-            _library.impl(f"_{self.name}", torch.library.fallthrough_kernel, "AutogradCPU")
+            for key in ("AutogradCPU", "AutogradCUDA"):
+                _library.impl(f"_{self.name}", torch.library.fallthrough_kernel, key)
             torch.library.register_fake(raw, fake, lib=_library)
             torch.library.register_vmap(raw, functools.partial(batching.vmap_raw, self), lib=_library)
 
@@ -275,8 +294,9 @@ def {name}({names}):
         return op._apply(op.apply_functorch, ({names},))
     try:
         asked = is_grad_enabled() and ({asked})
-        if not asked and backends._forced is None and {first}.is_cpu and native is not None:
-            return native({names})
+        if not asked and backends._forced is None and native is not None:
+            if {first}.is_cpu or {first}.device in native_on:
+                return native({names})
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         return op.recover(error, ({names},))
     if asked:
@@ -312,6 +332,7 @@ def _written_out(op: Op) -> tuple[Callable[..., Any], Callable[..., bool]]:
     scope: dict[str, Any] = {
         "op": op,
         "native": op.native,
+        "native_on": op.native_on,
         "eager": op.apply_eager,
         "backends": backends,
         "is_compiling": _is_compiling,

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import __version__, _native, backends
+from . import __version__, _native, backends, gpu
 
 
 def cpu_model() -> str:
@@ -41,6 +41,15 @@ def gpus() -> list[str]:
     return [f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in found]
 
 
+def cuda_versions() -> str:
+    """CUDA of the kernels and of the driver."""
+    found = gpu.versions()
+    if found is None:
+        return "no kernels in this build"
+    runtime, driver = found
+    return f"kernels {gpu.version(runtime)}, driver {gpu.version(driver) if driver else 'not installed'}"
+
+
 def report() -> str:
     """Versions, build, processor, backends and why some cannot run."""
     build = _native.build_info()
@@ -57,9 +66,10 @@ def report() -> str:
         ("torch cpu capability", torch.backends.cpu.get_cpu_capability()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()}"),
         ("gpu", ", ".join(gpus()) or "none"),
+        ("cuda", cuda_versions()),
         ("MARQUARDT_BACKEND", os.environ.get("MARQUARDT_BACKEND", "not set")),
     ]
-    for device in ["cpu", "cuda"] if gpus() else ["cpu"]:
+    for device in ("cpu", "cuda"):
         for name, reason in backends.reasons("lm_direction", torch.device(device)).items():
             lines.append((f"backend {name} on {device}", "can run" if reason is None else reason))
     width = max(len(key) for key, _ in lines)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_KINDS: tuple[type[Exception], ...] = (TypeError, ValueError, NotImplementedError)
+import torch
+
+_KINDS: tuple[type[Exception], ...] = (TypeError, ValueError, NotImplementedError, torch.OutOfMemoryError)
 
 
 def translate(error: Exception, check: Callable[..., Any] | None, args: tuple[Any, ...]) -> Exception:

@@ -25,7 +25,11 @@ def draw_seed(op: str, x: Tensor, generator: Generator, seed: Tensor | int | Non
             raise errors.kind(op, "seed", "be an int or an int64 tensor", type(seed).__name__)
         if not -(2**63) <= seed < 2**63:
             raise errors.value(op, "seed", "fit 64 bits", seed)
-        return torch.tensor([seed, 0], dtype=torch.int64, device=x.device)
+        if x.device.type == "cpu":
+            return torch.tensor([seed, 0], dtype=torch.int64)
+        made = torch.full((2,), seed, dtype=torch.int64, device=x.device)  # a copy from the host would wait
+        made.narrow(0, 1, 1).zero_()
+        return made
     if generator is None:
         return torch.randint(_HIGHEST, (2,), device=x.device)
     if isinstance(generator, torch.Generator):

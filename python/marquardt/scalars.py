@@ -53,13 +53,26 @@ def pack(op: str, names: Sequence[str], values: Sequence[Scalar], like: Tensor, 
     device = torch.device("cpu") if shared or like.device.type == "mps" else like.device
     tensors = [
         c.to(device=device, dtype=torch.float64)
-        if isinstance(c, Tensor)
-        else torch.full((), c, dtype=torch.float64, device=device)
+        if isinstance(c, Tensor) and not _is_number(c, device)
+        else torch.full((), float(c), dtype=torch.float64, device=device)
         for c in columns
     ]
     if shared:
         return torch.stack(tensors)
     return torch.stack([t.expand(batch) for t in tensors], dim=1)
+
+
+def _is_number(c: Tensor, device: torch.device) -> bool:
+    """Whether a host tensor may go to a GPU as a number: a copy would wait, and cannot be captured in a CUDA graph."""
+    return (
+        device.type == "cuda"
+        and c.device.type == "cpu"
+        and type(c) is Tensor
+        and not c.requires_grad
+        and not _is_compiling()
+        and not _dispatch_modes()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(c)
+    )
 
 
 def _column(op: str, name: str, value: Scalar, batch: int, batch_dims: int) -> float | Tensor:

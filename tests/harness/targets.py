@@ -38,9 +38,15 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """One process knows Triton either through its interpreter or not at all."""
+    """One process knows Triton either through its interpreter or not at all.
+
+    MARQUARDT_TEST_DEVICE=cuda leaves the CPU out, and refuses to run without a GPU.
+    """
     if INTERPRETED:
         return [Target("cpu", "triton")]
+    only = os.environ.get("MARQUARDT_TEST_DEVICE", "")
+    if only not in ("", "cpu", "cuda") or (only == "cuda" and not torch.cuda.is_available()):
+        raise pytest.UsageError(f"MARQUARDT_TEST_DEVICE={only}: torch finds no such device")
     forced = os.environ.get("MARQUARDT_BACKEND", "auto")
     names = ["cpu", "reference"] if forced == "auto" else [forced]
     found = [Target("cpu", name) for name in names if name in ("cpu", "reference")]
@@ -49,7 +55,7 @@ def targets() -> list[Target]:
 
         on_gpu = [n for n in available("cuda") if n in ("cuda", "triton", "reference")]
         found += [Target("cuda", name) for name in on_gpu if forced in ("auto", name)]
-    return found
+    return [target for target in found if only in ("", target.device)]
 
 
 def native_only() -> None:

@@ -1,0 +1,61 @@
+"""A pytest plugin that writes every outcome as it comes: what ran is known even when the time limit strikes.
+
+`-p bench.gpu_kit.recorder` with MARQUARDT_RECORD=<file>; one JSON line for every test that failed, and counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections import Counter
+from typing import Any
+
+SHOWN = 2000  # characters of a failure
+
+
+def _write(record: dict[str, Any]) -> None:
+    with pathlib.Path(os.environ["MARQUARDT_RECORD"]).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def pytest_collection_finish(session: Any) -> None:
+    _write({"collected": len(session.items)})
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        record = {"test": report.nodeid, "outcome": "error" if _broke(report) else report.outcome}
+        if report.failed:
+            record["why"] = str(report.longrepr)[-SHOWN:]
+        elif report.skipped and isinstance(report.longrepr, tuple):
+            record["why"] = str(report.longrepr[2])
+        _write(record)
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed:
+        _write({"test": report.nodeid, "outcome": "error", "why": str(report.longrepr)[-SHOWN:]})
+
+
+def _broke(report: Any) -> bool:
+    return bool(report.failed and report.when != "call")
+
+
+def summary(path: pathlib.Path, most: int = 40) -> dict[str, Any]:
+    """Counts and failures of a record; readable while it is still being written."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # cut off
+    outcomes = Counter(r["outcome"] for r in records if "outcome" in r)
+    bad = [r for r in records if r.get("outcome") in ("failed", "error")]
+    skips = Counter(r.get("why", "") for r in records if r.get("outcome") == "skipped")
+    return {
+        "collected": next((r["collected"] for r in records if "collected" in r), 0),
+        **{name: outcomes[name] for name in ("passed", "failed", "error", "skipped")},
+        "skip_reasons": dict(skips.most_common(10)),
+        "failures": bad[:most],
+    }

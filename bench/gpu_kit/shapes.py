@@ -1,0 +1,99 @@
+"""Small calls that touch every variant and tail of the CUDA kernels, each compared with the definition.
+
+compute-sanitizer and Nsight Compute watch this program: `python -m bench.gpu_kit.shapes`. With `--large` it makes the
+one call whose traffic is counted, and prints the bytes that have to move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from torch import Tensor
+
+import marquardt as mq
+from marquardt import reference
+
+from .. import peers, protocol
+
+SHAPES = ((1, 1), (3, 7), (2, 3, 5, 7), (2, 4, 32, 32), (5, 2049), (1, 4, 64, 64), (2, 70001), (1, 300000))
+PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float64),
+)
+LARGE = (16, 16, 256, 256)
+
+
+def worst(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> float:
+    """Error over what the dtype allows: above 1 is wrong."""
+    unit = {torch.float32: 1e-6, torch.float64: 1e-12}.get(dtype, 2e-2)
+    return protocol.worst([t.cpu() for t in got], [t.cpu() for t in want]) / unit
+
+
+def lm(shape: tuple[int, ...], state: torch.dtype, model: torch.dtype, device: str) -> float:
+    """Forward and backward of lm_direction."""
+    eps, prev = peers.correlated_pair(shape, torch.float32, "cpu")
+    eps, prev = eps.to(device, state), prev.to(device, model)
+    wide = [eps.double().cpu().requires_grad_(), prev.double().cpu().requires_grad_()]
+    near = [eps.clone().requires_grad_(), prev.clone().requires_grad_()]
+    out = mq.lm_direction(*near, damping=0.05, kappa=0.3)
+    exact = reference.lm_direction(*wide, damping=0.05, kappa=0.3)
+    if out[0].numel() == 1:  # the norm of one number leaves nothing to differentiate but rounding
+        return worst([out], [exact.detach()], state)
+    grad = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).reshape(shape)
+    made = torch.autograd.grad(out, near, grad.to(device, state))
+    want = torch.autograd.grad(exact, wide, grad)
+    narrow = state if state.itemsize < model.itemsize else model
+    return max(worst([out], [exact.detach()], state), 0.1 * worst(list(made), list(want), narrow))
+
+
+def affine(shape: tuple[int, ...], dtype: torch.dtype, terms: int, device: str) -> float:
+    xs = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(device, dtype) for k in range(terms)
+    ]
+    coefficients = [0.9, -0.3, 0.7, 0.11, -0.05, 0.6, 0.21, -0.4][:terms]
+    seed = torch.tensor([5, 7], device=device)
+    out = mq.affine_step(xs, coefficients, noise_scale=0.5, seed=seed)
+    want = reference.affine_step(
+        [x.double().cpu() for x in xs], coefficients, noise_scale=0.5, seed=seed.cpu()
+    )
+    return worst([out], [want], dtype)
+
+
+def small(device: str) -> int:
+    bad = 0
+    for shape in SHAPES:
+        errors = {f"lm {s} {m}": lm(shape, s, m, device) for s, m in PAIRS}
+        errors |= {f"affine {k}": affine(shape, torch.float32, k, device) for k in (1, 3, 8)}
+        for name, found in errors.items():
+            if not found <= 1:
+                bad += 1
+                print(f"WRONG {name} {shape}: {found:.2g} times what is allowed")
+    print(f"{len(SHAPES)} shapes, {bad} wrong")
+    return bad
+
+
+def large(device: str) -> None:
+    """lm_direction alone, on buffers larger than the cache."""
+    eps, prev = peers.correlated_pair(LARGE, torch.float32, device)
+    out = torch.empty_like(eps)
+    mq.lm_direction(eps, prev, damping=0.005, kappa=0.3, out=out)
+    print(f"bytes read at least: {2 * eps.nbytes}, written: {out.nbytes}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--large", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.large:
+        large(options.device)
+        return 0
+    return 1 if small(options.device) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+// outputs = C·rows over the share of one CTA; every thread takes its own slots.
+#pragma once
+
+#include "frame/cuda_walk.cuh"
+
+namespace marquardt {
+
+// The first `valid` elements of a quad one by one, where it lies astray or is cut short. By value, and a function of its
+// own: the loops that store whole slots hold no narrow access.
+MQ_DEVICE __noinline__ void store_words(unsigned char* to, DType dtype, int valid, float4 q) {
+  const float x[4] = {q.x, q.y, q.z, q.w};
+  for (int i = 0; i < 4; ++i) {
+    if (i >= valid) continue;
+    switch (dtype) {
+      case DType::bf16: reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(ptx::pack_bf16(x[i], 0.0f)); break;
+      case DType::f16: reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(ptx::pack_f16(x[i], 0.0f)); break;
+      default: reinterpret_cast<float*>(to)[i] = x[i];
+    }
+  }
+}
+
+MQ_DEVICE __noinline__ void store_words(unsigned char* to, DType, int valid, double2 q) {
+  if (valid > 0) reinterpret_cast<double*>(to)[0] = q.x;
+  if (valid > 1) reinterpret_cast<double*>(to)[1] = q.y;
+}
+
+MQ_DEVICE inline float4 quad_of(const float* x) {
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+MQ_DEVICE inline double2 quad_of(const double* x) {
+  return make_double2(x[0], x[1]);
+}
+
+MQ_DEVICE inline uint32_t pack(DType dtype, float low, float high) {
+  return dtype == DType::bf16 ? ptx::pack_bf16(low, high) : ptx::pack_f16(low, high);
+}
+
+// A slot of V elements: 16 or 8 bytes at once where it lies aligned and whole.
+template <FrameAccess A>
+MQ_DEVICE inline void store_slot(const Output& o, int64_t sample, int64_t first, int valid,
+                                 const typename Access<A>::C* x) {
+  constexpr int V = Access<A>::V;
+  const DType dtype = Access<A>::type_of(o.dtype);
+  const int size = static_cast<int>(size_of(dtype));
+  auto* to = static_cast<unsigned char*>(o.data) + (sample * o.batch_stride + first) * size;
+  if (valid < V || reinterpret_cast<uintptr_t>(to) % static_cast<unsigned>(V * size) != 0) {
+    constexpr int W = Access<A>::W;
+    for (int p = 0; p < Access<A>::planes; ++p)
+      store_words(to + p * W * size, dtype, valid - p * W, quad_of(x + p * W));
+    return;
+  }
+  if constexpr (A == FrameAccess::f64) {
+    *reinterpret_cast<double2*>(to) = quad_of(x);
+  } else if constexpr (A == FrameAccess::f32) {
+    *reinterpret_cast<float4*>(to) = quad_of(x);
+  } else if constexpr (A == FrameAccess::half) {
+    ptx::store_16(to, make_uint4(pack(dtype, x[0], x[1]), pack(dtype, x[2], x[3]), pack(dtype, x[4], x[5]),
+                                 pack(dtype, x[6], x[7])));
+  } else if (dtype == DType::f32) {
+    *reinterpret_cast<float4*>(to) = quad_of(x);
+  } else {
+    ptx::store_8(to, make_uint2(pack(dtype, x[0], x[1]), pack(dtype, x[2], x[3])));
+  }
+}
+
+// Outputs i … i + M − 1 of one slot.
+template <FrameAccess A, bool G, int M>
+MQ_DEVICE inline void combine(const Rows<A, G>& rows, const Share& share, uint32_t used,
+                              const typename Access<A>::C* matrix, int i, int64_t first) {
+  using C = typename Access<A>::C;
+  constexpr int W = Access<A>::W, P = Access<A>::planes;
+  const FrameCall& call = rows.a.call;
+  C sum[M][P * W] = {};
+  bool begun = false;
+  MQ_UNROLL(2)
+  for (int j = 0; j < call.rows; ++j) {
+    if (!(used >> j & 1u)) continue;
+    for (int p = 0; p < P; ++p) {
+      C x[W];
+      rows.quad(j, p, static_cast<int>(threadIdx.x), x);
+      for (int m = 0; m < M; ++m) {
+        const C c = matrix[(i + m) * call.rows + j];
+        for (int w = 0; w < W; ++w) sum[m][p * W + w] = begun ? fused(c, x[w], sum[m][p * W + w]) : c * x[w];
+      }
+    }
+    begun = true;
+  }
+  const int64_t left = share.end - first;
+  const int valid = left >= Access<A>::V ? Access<A>::V : left > 0 ? static_cast<int>(left) : 0;
+  for (int m = 0; m < M; ++m) store_slot<A>(call.output[i + m], share.sample, first, valid, sum[m]);
+}
+
+// All outputs over the walk, with the map of the sample. walk.start() was called.
+template <FrameAccess A, bool G, class Walk>
+MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, const Walk& walk, unsigned char* shared) {
+  using C = typename Access<A>::C;
+  constexpr int M = G ? 4 : 2;
+  const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
+  const auto* matrix = reinterpret_cast<const C*>(shared + a.layout.matrix_at);
+  const uint32_t used = map.used, zero = map.zero;
+  walk.each([&](int64_t first, const unsigned char* stage) {
+    if constexpr (G) {
+      if (a.layout.staged) make_rows<A>(a, share, first, stage, shared);
+    }
+    const Rows<A, G> rows{a, stage, shared + a.layout.rows_at};
+    MQ_UNROLL(1)
+    for (int i = 0; i < a.call.outputs;) {
+      const uint32_t group = zero >> i & ((1u << M) - 1u);
+      if (group == 0u && i + M <= a.call.outputs) {
+        combine<A, G, M>(rows, share, used, matrix, i, first);
+        i += M;
+      } else {
+        combine<A, G, 1>(rows, share, group & 1u ? 0u : used, matrix, i, first);
+        ++i;
+      }
+    }
+  });
+}
+
+}  // namespace marquardt

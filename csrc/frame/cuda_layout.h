@@ -1,0 +1,89 @@
+// Where the parts of a CTA's shared memory lie. Plain C++, made on the host and read by the kernels.
+//
+//   map | matrix C | Gram | own part of it | parts of the cluster | parts by warp | prologue | rows of one tile | stages of vectors
+//
+// A tile is threads · V elements of a sample; a thread owns one slot of V elements of every vector. Values of the
+// compute type are kept in planes of 16 bytes per thread, so that no two threads of a warp meet in a bank.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+#include "frame/cuda.h"
+#include "frame/maps.h"
+
+namespace marquardt {
+
+constexpr int kBlockRows = 4;                               // a block of the Gram is 4 × 4 entries
+constexpr int kBlockEntries = kBlockRows * kBlockRows;      // for one warp's accumulators
+constexpr int kMaxThreads = 256;                            // of a CTA
+constexpr int kSmallParameters = kMaxParameters;            // carried by a launch of the quick kernels
+constexpr int kManyParameters = kMaxOutputs * kMaxVectors;  // and of the general ones: a matrix
+constexpr int kRingStages = 4, kGeneralRingStages = 2;      // tiles in flight where the frame is not held
+
+// Elements of a slot.
+MQ_HOST_DEVICE constexpr int slot_elements(FrameAccess access) {
+  return access == FrameAccess::f64 ? 2 : access == FrameAccess::half ? 8 : 4;
+}
+
+MQ_HOST_DEVICE constexpr int compute_bytes(FrameAccess access) {
+  return access == FrameAccess::f64 ? 8 : 4;
+}
+
+struct FrameLayout {
+  int vectors;              // streams, ones, noise
+  int offset[kMaxVectors];  // of a vector in a stage
+  int stage_bytes;
+  bool staged;    // rows differ from the vectors and are made tile by tile
+  int row_bytes;  // of a row of one tile
+  int entries;    // of the Gram
+  int blocks;     // 4 × 4 blocks that cover them; one warp takes one at a time
+  int map_at, matrix_at, gram_at, own_at, gathered_at, parts_at, prologue_at, rows_at, stages_at;
+};
+
+inline int gram_entries(const FrameCall& call) {
+  if (call.gram == GramKind::none) return 0;
+  return call.gram == GramKind::first ? call.rows - 1 : call.rows * (call.rows + 1) / 2;
+}
+
+inline int gram_blocks(const FrameCall& call) {
+  if (call.gram == GramKind::none) return 0;
+  if (call.gram == GramKind::first) return (call.rows - 1 + kBlockRows - 1) / kBlockRows;
+  const int side = (call.rows + kBlockRows - 1) / kBlockRows;
+  return side * (side + 1) / 2;
+}
+
+// The layout without its stages, whose number the plan decides: they begin at stages_at.
+inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int threads, int cluster) {
+  FrameLayout l{};
+  const int v = slot_elements(access), wide = compute_bytes(access);
+  l.vectors = call.streams + (call.ones ? 1 : 0) + (call.seed != nullptr ? 1 : 0);
+  for (int j = 0; j < l.vectors; ++j) {
+    l.offset[j] = l.stage_bytes;
+    l.stage_bytes += threads * v * (j < call.streams ? static_cast<int>(size_of(call.stream[j].dtype)) : wide);
+  }
+  l.staged = call.prologue != nullptr || call.clamp != nullptr;
+  l.row_bytes = threads * v * wide;
+  l.entries = gram_entries(call);
+  l.blocks = gram_blocks(call);
+
+  int at = 0;
+  const auto place = [&at](int64_t bytes) {
+    const int here = at;
+    at += static_cast<int>((bytes + 15) / 16 * 16);
+    return here;
+  };
+  l.map_at = place(sizeof(FrameMap));
+  l.matrix_at = place(static_cast<int64_t>(call.outputs) * call.rows * wide);
+  l.gram_at = place(8 * l.entries);
+  l.own_at = place(8 * l.entries);
+  l.gathered_at = place(cluster == 1 ? 0 : 8 * l.entries * cluster);
+  l.parts_at = place(l.blocks == 0 ? 0 : 8 * kBlockEntries * (threads / 32));
+  l.prologue_at = place(call.prologue == nullptr ? 0 : static_cast<int64_t>(call.rows) * l.vectors * wide);
+  at = (at + 127) / 128 * 128;
+  l.rows_at = place(l.staged ? static_cast<int64_t>(call.rows) * l.row_bytes : 0);
+  l.stages_at = at;
+  return l;
+}
+
+}  // namespace marquardt
