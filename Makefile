@@ -55,10 +55,6 @@ test: ## lint and tests (FULL=1: all of them)
 	else echo "    skipped: triton is not installed"; fi; \
 	echo "[6/8] CUDA kernels on the CPU"; \
 	$(PYTEST) -m "emulation$(AND_QUICK)" tests || failed=1; \
-	if $(RUN) build_tools/emulation.py marquardt_emulated; \
-	then MARQUARDT_LIBRARY=build/emulation/libmarquardt_emulated.so \
-	$(PYTEST) -m "$(SHARED_CASES)" $(SHARED_FILES) || failed=1; \
-	else failed=1; fi; \
 	echo "[7/8] what the compilers made of the GPU kernels"; \
 	$(PYTEST) -m "static$(AND_QUICK)" tests || failed=1; \
 	echo "[8/8] tests"; \

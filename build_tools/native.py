@@ -4,6 +4,7 @@ The build directory stays, so only what changed is compiled again. Environment v
     MARQUARDT_CUDA=0|1       forbid or force the CUDA kernels (default: built when nvcc is found)
     MARQUARDT_CUDA_ARCHS     architectures as CMake writes them, e.g. "90-real 100-real 100-virtual"
     MARQUARDT_WERROR=1       warnings are errors (development)
+    MARQUARDT_LINEINFO=1     source lines in the CUDA kernels, for profilers
     MAX_JOBS                 parallel compilations (default: from cores and free memory)
     CXX, CUDACXX             the compilers
 """
@@ -119,6 +120,7 @@ def build(destination: Path) -> Path:
         "MARQUARDT_CUDA": _switch("MARQUARDT_CUDA", "AUTO"),
         "MARQUARDT_CUDA_ARCHS": os.environ.get("MARQUARDT_CUDA_ARCHS", ""),
         "MARQUARDT_WERROR": _switch("MARQUARDT_WERROR", "OFF"),
+        "MARQUARDT_LINEINFO": _switch("MARQUARDT_LINEINFO", "OFF"),
     }
     configure = [cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja", "--log-level=NOTICE"]
     subprocess.run(configure + [f"-D{name}={value}" for name, value in options.items()], check=True)

@@ -71,8 +71,11 @@ function(marquardt_configure_cuda target)
   set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${MARQUARDT_CUDA_ARCH_LIST}" CUDA_RUNTIME_LIBRARY Static)
   # No contraction, as for the host: the maps then give the same bits on both; hot loops name their fused operations.
   target_compile_options(${target} PRIVATE
-                         $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -fmad=false -lineinfo
+                         $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -fmad=false -Xfatbin=-compress-all
                          -Xcompiler=-Wall,-fno-math-errno,-ffp-contract=off>)
+  if(MARQUARDT_LINEINFO) # source lines for a profiler; they triple the library, and name the directory it was built in
+    set_source_files_properties(${MARQUARDT_CUDA_SOURCES} PROPERTIES COMPILE_OPTIONS -lineinfo)
+  endif()
   if(MARQUARDT_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)
   endif()

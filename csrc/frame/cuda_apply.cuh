@@ -7,7 +7,7 @@ namespace marquardt {
 
 // The first `valid` elements of a quad one by one, where it lies astray or is cut short. By value, and a function of its
 // own: the loops that store whole slots hold no narrow access.
-MQ_DEVICE __noinline__ void store_words(unsigned char* to, DType dtype, int valid, float4 q) {
+MQ_DEVICE __noinline__ inline void store_words(unsigned char* to, DType dtype, int valid, float4 q) {
   const float x[4] = {q.x, q.y, q.z, q.w};
   for (int i = 0; i < 4; ++i) {
     if (i >= valid) continue;
@@ -19,7 +19,7 @@ MQ_DEVICE __noinline__ void store_words(unsigned char* to, DType dtype, int vali
   }
 }
 
-MQ_DEVICE __noinline__ void store_words(unsigned char* to, DType, int valid, double2 q) {
+MQ_DEVICE __noinline__ inline void store_words(unsigned char* to, DType, int valid, double2 q) {
   if (valid > 0) reinterpret_cast<double*>(to)[0] = q.x;
   if (valid > 1) reinterpret_cast<double*>(to)[1] = q.y;
 }

@@ -21,6 +21,10 @@ int64_t comfortable_bytes(const DeviceLimits& limits) {
   return limits.shared_per_sm / 3 - 1024;
 }
 
+int64_t largest_cluster(const DeviceLimits& limits) {
+  return limits.major >= 9 ? std::min<int64_t>(limits.max_cluster, kMaxCluster) : 1;
+}
+
 FrameAccess access_of(const FrameCall& call, bool general) {
   if (call.compute == DType::f64) return FrameAccess::f64;
   int floats = 0, vectors = 0;
@@ -87,7 +91,7 @@ int threads_for(const FrameCall& call, const FramePlan& plan, int64_t elements) 
 // The frame in shared memory, of the smallest cluster that leaves room for others; more CTAs for small batches.
 bool plan_held(const FrameCall& call, const DeviceLimits& limits, FramePlan& plan) {
   plan.variant = FrameVariant::held;
-  const int64_t most = limits.major >= 9 ? std::min<int64_t>(limits.max_cluster, kMaxCluster) : 1;
+  const int64_t most = largest_cluster(limits);
   int64_t cluster = 1;
   const auto fits = [&](int64_t ctas, int64_t bytes) {
     plan.cluster = static_cast<int>(ctas);
@@ -157,8 +161,8 @@ FramePlan completed(const FrameCall& given, const DeviceLimits& limits, FramePla
   if (plan.threads < 32 || plan.threads % 32 != 0 || plan.threads > kMaxThreads)
     refuse("threads must be whole warps, at most 256");
   if (plan.splits < 1 || plan.group < 1) refuse("splits and group must be at least 1");
-  if (plan.cluster < 1 || plan.cluster > kMaxCluster || (plan.cluster > 1 && limits.major < 9))
-    refuse("clusters have 1 to 16 CTAs, and exist from sm_90 on");
+  if (plan.cluster < 1 || plan.cluster > largest_cluster(limits))
+    refuse("clusters have at least 1 CTA and at most 16, less on some chips, and exist from sm_90 on");
   if (plan.variant != FrameVariant::held && plan.cluster != 1) refuse("only a held frame uses a cluster");
   if (plan.variant == FrameVariant::one_sweep && any_gram(call)) refuse("one sweep takes no Gram");
   complete(call, plan);

@@ -78,7 +78,7 @@ def _run(command: list[str], directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory, program):
-    """The program frame_tsan with switches: faulty(site) runs all cases without the barrier of that number, −1: with all."""
+    """frame_tsan with switches: faulty(site) runs all cases without that barrier; −1: with every one."""
     fields = program("frame", "tsan", "--fields").stdout.split()
     directory, before = emulated.build(["frame_tsan"]), emulated.prefix("tsan")
     folder = switched(tmp_path_factory.mktemp("switched"))

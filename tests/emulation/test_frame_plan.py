@@ -143,6 +143,7 @@ class TestRefusals:
             {"variant": "two_sweeps", "threads": 64, "splits": 0},
             {"variant": "one_sweep", "threads": 64, "splits": 2},  # there is a Gram
             {"variant": "held", "threads": 64, "cluster": 2, "major": 8},
+            {"variant": "held", "threads": 32, "cluster": 16, "max_cluster": 8},
         ],
         ids=str,
     )
