@@ -43,8 +43,8 @@ else()
     endif()
     set(CMAKE_CUDA_ARCHITECTURES OFF) # the target names them, once the compiler's version is known
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
-      message(FATAL_ERROR "the CUDA kernels need nvcc 12.0 or newer (C++20), found ${CMAKE_CUDA_COMPILER_VERSION}. "
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)
+      message(FATAL_ERROR "the CUDA kernels need nvcc 12.1 or newer (launches that carry 8 KiB), found ${CMAKE_CUDA_COMPILER_VERSION}. "
                           "MARQUARDT_CUDA=0 builds the CPU kernels alone.")
     endif()
     set(wanted "${MARQUARDT_CUDA_ARCHS}")

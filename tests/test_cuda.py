@@ -154,6 +154,8 @@ def test_bad_numbers_on_the_device_stay_in_their_sample():
     expected = direction(eps, prev)
     assert torch.equal(out[0], expected[0]) and torch.equal(out[2], expected[2])
     assert bool(out[1].isnan().all())
+    damping = torch.tensor([0.1, -1.0, 0.1], device="cuda", dtype=f64)
+    assert bool(direction(eps, prev, damping=damping)[1].isnan().all())
     with pytest.raises(ValueError, match="damping must be finite"):
         direction(eps, prev, damping=-1.0)
 

@@ -168,7 +168,7 @@ def test_a_dry_run_names_every_command_and_runs_none(
         "-k cuda-cuda tests/test_hessian.py",
         "-k cuda-triton tests/test_langevin.py",
         "compute-sanitizer --tool racecheck",
-        "ncu --clock-control none",
+        "ncu --cache-control none",
         "-m bench.ceiling",
         "-m bench --device cuda",
     ):

@@ -145,6 +145,13 @@ class TestMaps:
             if mode != PLAIN:
                 assert np.all(found[:6] == 0), (coef, found)
 
+    @pytest.mark.parametrize("damping", [-1.0, -1e-300, float("nan")])
+    def test_bad_damping(self, damping: float):
+        """Not refused here, where it may come from a device: it spoils its sample, unless κ = 0 leaves eps as it is."""
+        for mode in (KEEP_NORM, PLAIN):
+            assert np.isnan(frame_map(1, mode, (2.0, 0.3, 1.0), (damping, 0.2))).all()
+        assert tuple(frame_map(1, KEEP_NORM, (2.0, 0.3, 1.0), (damping, 0.0))) == (1, 0)
+
     def test_batch(self):
         """Many samples at once are the samples one by one."""
         grams = torch.tensor(self.GRAMS, dtype=f64)

@@ -60,12 +60,17 @@ def lm_value(MODE: tl.constexpr, n, e, R, a, b):
             scale = tl.sqrt(n / tl.where(identity, 1.0, Q))
             c0 = tl.where(empty, 0.0, tl.where(identity, 1.0, scale * A))
             c1 = tl.where(empty | identity, 0.0, -scale * B)
+            bad = ((a >= 0) == 0) & (empty == 0) & (off == 0)
         else:
             M = tl.where(off, a + n, a + m)
             zero = empty | (Q == 0)
             M = tl.where(zero, 1.0, M)
             c0 = tl.where(zero, 0.0, tl.where(off, a, A) / M)
             c1 = tl.where(zero | off, 0.0, -B / M)
+            bad = ((a >= 0) == 0) & (empty == 0)
+        # A damping below 0 is refused where the host knows it; one of the device spoils its sample.
+        c0 = tl.where(bad, float("nan"), c0)
+        c1 = tl.where(bad, float("nan"), c1)
     return c0, c1
 
 

@@ -207,7 +207,19 @@ def counters(context: Context) -> Result:
     if not context.dry and shutil.which("ncu") is None:
         raise Skip("ncu is not on PATH")
     build.make_site(context)
-    tool = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base", "--metrics", METRICS]
+    # ncu would empty the caches before every kernel, and hide what the second sweep finds in L2.
+    tool = [
+        "ncu",
+        "--cache-control",
+        "none",
+        "--clock-control",
+        "none",
+        "--csv",
+        "--print-units",
+        "base",
+        "--metrics",
+        METRICS,
+    ]
     ran = watched(
         context, [*tool, "--kernel-name", "regex:frame_"], ["-m", "bench.gpu_kit.shapes", "--large"]
     )

@@ -31,7 +31,11 @@ int largest_cluster(const DeviceLimits& limits, int device) {
   constexpr int kPortable = 8, kLargest = 16;
   if (limits.major < 9) return 1;
   int before = 0, clusters = 0;
-  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return kPortable;
+  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return 1;
+  // Kernels that the driver made from older PTX hold no cluster instructions, whatever the chip could do.
+  cudaFuncAttributes compiled{};
+  const bool knows_clusters =
+      cudaFuncGetAttributes(&compiled, cluster_probe) == cudaSuccess && compiled.ptxVersion >= 90;
   cudaLaunchAttribute size{};
   size.id = cudaLaunchAttributeClusterDimension;
   size.val.clusterDim.x = kLargest;
@@ -49,7 +53,7 @@ int largest_cluster(const DeviceLimits& limits, int device) {
       cudaOccupancyMaxActiveClusters(&clusters, cluster_probe, &config) == cudaSuccess && clusters > 0;
   (void)cudaGetLastError();  // a refusal is an answer, not an error of the next launch
   (void)cudaSetDevice(before);
-  return fits ? kLargest : kPortable;
+  return !knows_clusters ? 1 : fits ? kLargest : kPortable;
 }
 
 DeviceLimits ask(int device) {

@@ -10,15 +10,17 @@ namespace {
 
 constexpr int64_t kMaxGrid = 0x7fffffff;
 constexpr int64_t kMaxCluster = 16;
+constexpr int64_t kResident = 3;    // CTAs of a multiprocessor, as their registers allow
+constexpr int64_t kMostTiles = 64;  // that one CTA walks
 
 constexpr int64_t divided_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Shared memory that a CTA should take at most, so that three share a multiprocessor, as their registers allow: one
-// loads while another computes or stores. The system keeps a KiB of each.
+// Shared memory that a CTA should take at most, so that kResident share a multiprocessor: one loads while another
+// computes or stores. The system keeps a KiB of each.
 int64_t comfortable_bytes(const DeviceLimits& limits) {
-  return limits.shared_per_sm / 3 - 1024;
+  return limits.shared_per_sm / kResident - 1024;
 }
 
 int64_t largest_cluster(const DeviceLimits& limits) {
@@ -111,7 +113,7 @@ bool plan_held(const FrameCall& call, const DeviceLimits& limits, FramePlan& pla
   return true;
 }
 
-// CTAs per sample so that the chip is filled a few times over, each with some tiles to walk.
+// CTAs per sample so that the chip is filled once, each with some tiles to walk.
 void spread(const FrameCall& call, const DeviceLimits& limits, FramePlan& plan) {
   plan.threads = threads_for(call, plan, call.size);
   plan.splits = 1;
@@ -120,9 +122,10 @@ void spread(const FrameCall& call, const DeviceLimits& limits, FramePlan& plan) 
     plan.threads /= 2;
   const int64_t tiles = divided_up(call.size, tile_elements(plan));
   const int64_t samples = std::max<int64_t>(1, std::min(call.batch, plan.group));
-  const int64_t wanted = divided_up(int64_t{limits.sms} * 8, samples);
-  plan.splits = std::clamp<int64_t>(wanted, divided_up(tiles, 64), std::max<int64_t>(tiles, 1));
-  plan.splits = std::min(plan.splits, kMaxGrid);
+  // About as many CTAs as are resident at once: more would repeat the scalar stage, and the merge of a Gram's parts, for
+  // less. Tiles are rounded down: a few CTAs too many cost less than idle multiprocessors.
+  const int64_t places = divided_up(int64_t{limits.sms} * kResident, samples);
+  plan.splits = std::clamp<int64_t>(divided_up(tiles, std::clamp<int64_t>(tiles / places, 1, kMostTiles)), 1, kMaxGrid);
   complete(call, plan);
 }
 

@@ -83,8 +83,20 @@ MQ_DEVICE __noinline__ void copy_words(void* slot, const void* from, int count, 
   }
 }
 
-// One slot of a stream: 16 or 8 bytes at once where they lie aligned, else and at the end of a sample one by one,
-// padded with zeros.
+// A whole slot that lies astray, word by word; still in flight while others are fetched.
+template <int Bytes>
+MQ_DEVICE __noinline__ void copy_words_async(unsigned char* slot, const unsigned char* from, int count) {
+  for (int i = 0; i < count; ++i) {
+    if constexpr (Bytes == 4) {
+      ptx::copy_async_4(slot + 4 * i, from + 4 * i);
+    } else {
+      ptx::copy_async_8(slot + 8 * i, from + 8 * i);
+    }
+  }
+}
+
+// One slot of a stream: 16 or 8 bytes at once where they lie aligned, else word by word; at the end of a sample padded
+// with zeros.
 template <FrameAccess A>
 MQ_DEVICE inline void fetch_stream(const Stream& s, int64_t first, int valid, unsigned char* slot) {
   constexpr int V = Access<A>::V;
@@ -98,6 +110,10 @@ MQ_DEVICE inline void fetch_stream(const Stream& s, int64_t first, int valid, un
     } else {
       ptx::copy_async_8(slot, from);
     }
+  } else if (valid == V && size == 4) {
+    copy_words_async<4>(slot, from, V);
+  } else if (valid == V && size == 8) {
+    copy_words_async<8>(slot, from, V);
   } else if (size == 2) {
     copy_words<uint16_t>(slot, from, V, valid);
   } else if (size == 4) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "frame/dual.h"
 #include "frame/frame.h"
@@ -34,6 +35,10 @@ MQ_MAP void lm_coefficients(int mode, S n, S e, S R, S first, S second, S& c0, S
     return;
   }
   const S lambda = first, kappa = second;
+  if (!(value(lambda) >= 0.0)) {  // refused where the host knows it; a number of the device spoils its sample
+    c0 = c1 = S(std::numeric_limits<double>::quiet_NaN());
+    return;
+  }
   const S Et = n + kappa * e;                                                    // ⟨ε, ε̃⟩
   const S m = n + S(2.0) * kappa * e + kappa * kappa * R;                        // ⟨ε̃, ε̃⟩
   const S a = lambda + kappa * (kappa * R + e), b = kappa * Et;                  // d = a·ε − b·r

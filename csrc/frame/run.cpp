@@ -60,12 +60,12 @@ thread_local std::string last_plan;
 void run_on_gpu(const FrameCall& call, const View& state) {
   if (plans_only) last_plan = "nothing to do";
   if (call.batch == 0) return;
+  const CurrentDevice device(state.device_index);
   const FramePlan plan = frame_plan(call, device_limits(state.device_index));
   if (plans_only) {
     last_plan = text_of(plan);
     return;
   }
-  const CurrentDevice device(state.device_index);
   const int64_t doubles = frame_workspace(call, plan), one = 1;
   Tensor workspace;
   if (doubles > 0) workspace = empty_strided(state, &doubles, &one, 1, DType::f64);

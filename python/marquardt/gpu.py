@@ -16,6 +16,8 @@ import torch
 
 from . import _native
 
+_LARGE_LAUNCHES = 12010  # older drivers take no launch that carries more than 4 KiB
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -72,7 +74,7 @@ def why_not_driver(runtime: int, driver: int, from_ptx: bool = False) -> str | N
     """
     if driver <= 0:
         return "no CUDA driver is installed"
-    needed = runtime if from_ptx else runtime // 1000 * 1000
+    needed = runtime if from_ptx else max(runtime // 1000 * 1000, _LARGE_LAUNCHES)
     if driver >= needed:
         return None
     return f"driver supports CUDA {version(driver)}, the kernels need {version(needed)}"

@@ -203,6 +203,17 @@ def test_no_damping_and_parallel(kernels):
         ]
 
 
+@pytest.mark.parametrize("damping", [-1.0, -1e-300, float("nan")])
+def test_bad_damping(kernels, damping):
+    """It spoils its sample, as in C++."""
+    gram = torch.tensor([[2.0, 0.3, 1.0]], dtype=torch.float64)
+    for mode in (KEEP_NORM, PLAIN):
+        coef = torch.tensor([[damping, 0.2]], dtype=torch.float64)
+        assert kernels.frame.frame_map(1, mode, gram, coef).isnan().all()
+    coef = torch.tensor([[damping, 0.0]], dtype=torch.float64)
+    assert kernels.frame.frame_map(1, KEEP_NORM, gram, coef).tolist() == [[1.0, 0.0]]
+
+
 def test_scalars_reach_the_kernel_as_float64(kernels):
     """1 + 2⁻⁴⁰ is not a float32."""
     for value in (1 + 2.0**-40, -0.1, 0.0, 1e-310, 3e300, float("inf")):
