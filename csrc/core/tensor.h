@@ -174,7 +174,7 @@ template <>
 struct FromImpl<marquardt::Tensor> {
   static StableIValue call(const marquardt::Tensor& t, uint64_t, bool) {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &handle));
     return torch::stable::detail::from(handle);
   }
 };

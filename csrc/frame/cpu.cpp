@@ -14,17 +14,17 @@ namespace marquardt {
 
 const FrameKernels& frame_kernels() {
 #if defined(__x86_64__)
-  static const FrameKernels& best = []() -> const FrameKernels& {
+  static const FrameKernels* const best = []() -> const FrameKernels* {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
-      return avx512::frame_kernels;
+      return &avx512::frame_kernels;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-      return avx2::frame_kernels;
-    return baseline::frame_kernels;
+      return &avx2::frame_kernels;
+    return &baseline::frame_kernels;
   }();
-  return best;
+  return *best;
 #else
   return baseline::frame_kernels;
 #endif
