@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
+import pathlib
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +72,10 @@ def gbps(traffic: int, device: str = "cuda", rounds: int = 9) -> dict[str, float
 
 @functools.cache
 def measured(device: str = "cuda") -> dict[str, Any]:
-    """{"gbps": the best of the largest sizes, "by_size": {bytes: {way: GB/s}}}, once per process."""
+    """{"gbps": the best of the largest sizes, "by_size": {bytes: {way: GB/s}}}, once per process; what an earlier
+    process printed is taken from the file that MARQUARDT_BENCH_CEILING names."""
+    if earlier := os.environ.get("MARQUARDT_BENCH_CEILING"):
+        return dict(json.loads(pathlib.Path(earlier).read_text()))
     free, _ = torch.cuda.mem_get_info()
     sizes = [size for size in SIZES if size * (2 + cuda.COLD) < free]
     by_size = {str(size): gbps(size, device) for size in sizes}

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -120,6 +122,14 @@ def info(result: protocol.Result, command: str) -> table.Info:
     }
 
 
+def keep(found: table.Info, config: pytest.Config) -> None:
+    """For the table, and in the file that MARQUARDT_BENCH_ROWS names, where it survives the end of the process."""
+    config.stash[RESULTS].append(found)
+    if path := os.environ.get("MARQUARDT_BENCH_ROWS"):
+        with pathlib.Path(path).open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
 # --- pytest hooks -----------------------------------------------------------------------------------------
 
 
@@ -137,6 +147,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = []
     config.stash[START] = time.monotonic()
+    if named := os.environ.get("MARQUARDT_COMMIT"):  # of sources that lie outside their repository
+        machine.describe()["commit"] = named
     threads = config.getoption("bench_threads", 0)
     if threads:
         torch.set_num_threads(threads)
@@ -208,13 +220,13 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Row], N
             result = protocol.measure(row, settings)
         except protocol.WrongResult as wrong:
             empty: dict[str, Any] = {"goals": [], "peers": {}, "floors": {}}
-            config.stash[RESULTS].append({**describe(row), **empty, "failure": str(wrong)})
+            keep({**describe(row), **empty, "failure": str(wrong)}, config)
             benchmark.pedantic(lambda: None)
             benchmark.has_error = True  # keeps the row out of pytest-benchmark's statistics
             raise
         found = info(result, repro(row, config))
         benchmark.extra_info.update(found)
-        config.stash[RESULTS].append(found)
+        keep(found, config)
         CLOCK.replay(benchmark, result.samples[protocol.OURS])
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -110,6 +111,34 @@ def test_make_bench_takes_a_device() -> None:
         ["make", "-n", "bench", "DEVICE=cuda"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert any("-m bench" in line and "--device cuda" in line for line in shown.stdout.splitlines())
+
+
+def test_rows_are_written_as_they_are_measured(tmp_path: pathlib.Path) -> None:
+    words = ["-m", "bench", "--rows", "lm_direction-1x1-float32-call_cost", "--threads", "1"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    lines = tmp_path / "rows.jsonl"
+    more = {"PYTHONPATH": path, "MARQUARDT_BENCH_ROWS": str(lines), "MARQUARDT_COMMIT": "abc"}
+    ran = subprocess.run(
+        [sys.executable, *words, "--json", str(tmp_path / "rows.json")],
+        cwd=ROOT,
+        env={**os.environ, **more},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (line,) = lines.read_text().splitlines()
+    found = json.loads(line)
+    assert found["id"] == "lm_direction-1x1-float32-call_cost" and found["commit"] == "abc", ran.stderr
+    (kept,) = json.loads((tmp_path / "rows.json").read_text())["benchmarks"]
+    assert kept["extra_info"] == found
+
+
+def test_an_earlier_ceiling_is_taken(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ceiling.json").write_text('{"gbps": 3000.0}')
+    monkeypatch.setenv("MARQUARDT_BENCH_CEILING", str(tmp_path / "ceiling.json"))
+    ceiling.measured.cache_clear()
+    assert ceiling.measured()["gbps"] == 3000
+    ceiling.measured.cache_clear()
 
 
 def test_rows_stop_at_the_deadline(tmp_path: pathlib.Path) -> None:

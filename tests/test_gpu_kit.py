@@ -46,7 +46,7 @@ class Runs:
             self.names.append(name)
             return good, {"made": act()}
 
-        return runner.Part(name, more.pop("seconds", 5.0), ("csrc",), run, **more)
+        return runner.Part(name, more.pop("share", 1.0), ("csrc",), run, **more)
 
 
 def read(context: runner.Context, name: str) -> dict[str, Any]:
@@ -116,6 +116,39 @@ def test_no_part_starts_when_the_time_is_up(context: runner.Context) -> None:
     assert runner.run([runs.part("late")], context, limit=100) == {"late": runner.DONE}
 
 
+def test_time_is_shared_and_what_is_left_goes_on(context: runner.Context) -> None:
+    seen: dict[str, float] = {}
+
+    def part(name: str, share: float) -> runner.Part:
+        def run(context: runner.Context) -> tuple[bool, dict[str, Any]]:
+            seen[name] = context.left
+            return True, {}
+
+        return runner.Part(name, share, ("csrc",), run)
+
+    chosen = [part("build", 0.2), part("bench", 0.5), part("rest", 0.3)]
+    runner.run(chosen, context, limit=100)
+    assert seen == pytest.approx({"build": 20, "bench": 100 * 0.5 / 0.8, "rest": 100}, abs=2)
+    (context.state / "bench.json").unlink()
+    runner.run(chosen, context, limit=100)  # what is done takes no share
+    assert seen["bench"] == pytest.approx(100, abs=2)
+
+
+def test_a_part_says_why_and_what_it_goes_without(context: runner.Context) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def less(context: runner.Context) -> tuple[bool, dict[str, Any]]:
+        seen.append(context.missing)
+        return not context.missing, {"reason": "in part", "rest": 1}
+
+    bad = Runs().part("build", good=False)
+    less_part = runner.Part("less", 1.0, ("csrc",), less, wants=("build",))
+    assert runner.run([bad, less_part], context, limit=100)["less"] == runner.FAILED
+    assert seen == [("build",)]
+    found = read(context, "less")
+    assert (found["reason"], found["result"]) == ("in part", {"rest": 1})
+
+
 def test_the_schema_of_a_part(context: runner.Context, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
     (context.state / "log.txt").write_text("log")
@@ -143,7 +176,9 @@ def test_a_command_is_stopped_with_its_children(context: runner.Context, tmp_pat
 
 
 def test_the_whole_fits_the_limit() -> None:
-    assert sum(part.seconds for part in parts.PARTS) <= command.LIMIT == 480
+    assert sum(part.share for part in parts.PARTS) == pytest.approx(1) and command.LIMIT == 480
+    names = [part.name for part in parts.PARTS]
+    assert names.index("bench") < names.index("sanitizer")
     files = len(parts.PARTS) + 1  # and the log
     assert files <= 8
 
@@ -191,7 +226,7 @@ def test_without_a_gpu_it_says_so(tmp_path: pathlib.Path) -> None:
     }
     assert found["machine"]["status"] == runner.FAILED and found["machine"]["result"]["gpus"] == []
     assert (found["build"]["status"], found["build"]["reason"]) == (runner.SKIPPED, "nvidia-smi finds no GPU")
-    assert (found["tests"]["status"], found["tests"]["reason"]) == (runner.SKIPPED, "needs build")
+    assert (found["tests"]["status"], found["tests"]["reason"]) == (runner.SKIPPED, "nvidia-smi finds no GPU")
 
 
 # --- tests there, and their record --------------------------------------------------------------------------
@@ -223,6 +258,13 @@ def test_outcomes_are_recorded_as_they_come(context: runner.Context, tmp_path: p
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ran = context.python(*words, MARQUARDT_RECORD=str(record), PYTHONPATH=path)
     assert ran.code == 1, ran.output
+    shared = [tmp_path / f"record{k}.jsonl" for k in range(2)]
+    for k, path_k in enumerate(shared):
+        context.python(*words, MARQUARDT_RECORD=str(path_k), MARQUARDT_SHARD=f"{k}/2", PYTHONPATH=path)
+    assert [recorder.summary(path_k)["collected"] for path_k in shared] == [2, 2]
+    assert {k: v for k, v in recorder.summary(*shared).items() if k != "failures"} == {
+        k: v for k, v in recorder.summary(record).items() if k != "failures"
+    }
     with record.open("a") as file:
         file.write('{"test": "cut o')  # the time limit struck
     found = recorder.summary(record)
@@ -237,11 +279,34 @@ def test_outcomes_are_recorded_as_they_come(context: runner.Context, tmp_path: p
 def test_tests_are_well_if_some_ran_and_none_failed(
     passed: int, code: int, well: bool, context: runner.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = {"exit": code, "passed": passed, "failed": 0, "error": 0, "skipped": 2}
+    def run_suite(context: runner.Context, name: str, shard: int) -> runner.Ran:
+        line = '{"collected": 3}\n' + '{"test": "a", "outcome": "passed"}\n' * passed
+        parts.record_of(context, name, shard).write_text(line)
+        return runner.Ran(code if shard == 0 else 0, "", 1.0)
+
     monkeypatch.setattr(parts, "needs_module", lambda context, name: None)
-    monkeypatch.setattr(parts, "run_suite", lambda context, name: dict(outcome))
+    monkeypatch.setattr(parts, "run_suite", run_suite)
     good, result = parts.tests(context)
-    assert good is well and result["total"]["passed"] == passed * len(parts.SUITES)
+    processes = sum(suite[2] for suite in parts.SUITES.values())
+    assert good is well and result["total"]["passed"] == passed * processes
+    assert sum(suite["collected"] for suite in result["suites"].values()) == 3 * processes
+
+
+def test_triton_is_tested_without_a_build(context: runner.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: set[str] = set()
+
+    def run_suite(context: runner.Context, name: str, shard: int) -> runner.Ran:
+        ran.add(name)
+        parts.record_of(context, name, shard).write_text('{"test": "a", "outcome": "passed"}\n')
+        return runner.Ran(0, "", 1.0)
+
+    monkeypatch.setattr(parts, "needs_module", lambda context, name: None)
+    monkeypatch.setattr(parts, "run_suite", run_suite)
+    monkeypatch.setattr(parts, "gpu_arch", lambda context: "90")
+    context.missing = ("build",)
+    good, result = parts.tests(context)
+    assert not good and sorted(ran) == ["hessian-triton", "langevin-triton"]
+    assert result["reason"] == "in part, without build"
 
 
 def test_the_harness_can_leave_the_cpu_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,8 +380,44 @@ def test_architectures_and_rows_are_read(tmp_path: pathlib.Path) -> None:
     (tmp_path / "rows.json").write_text(
         json.dumps({"benchmarks": [{"extra_info": {"id": "a"}, "stats": {}}]})
     )
-    assert parts.read_rows(tmp_path / "rows.json") == [{"id": "a"}]
-    assert parts.read_rows(tmp_path / "none.json") == []
+    lines = tmp_path / "rows.jsonl"
+    assert parts.read_rows(tmp_path / "rows.json", lines) == [{"id": "a"}]
+    assert parts.read_rows(tmp_path / "none.json", lines) == []
+    lines.write_text('{"id": "a"}\n{"id": "wrong", "failure": "why"}\n{"id": "cut o')
+    assert [row["id"] for row in parts.read_rows(tmp_path / "rows.json", lines)] == ["a", "wrong"]
+    assert [row["id"] for row in parts.read_rows(tmp_path / "none.json", lines)] == ["a", "wrong"]
+
+
+CEILING = '{"gbps": 3000.0, "by_size": {}}'
+
+
+@pytest.mark.parametrize("missing", [(), ("build",)], ids=["built", "not built"])
+def test_the_ceiling_is_measured_once_and_rows_survive(
+    missing: tuple[str, ...], context: runner.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def run(self: runner.Context, *words: Any, timeout: float = 0.0, **environment: str) -> runner.Ran:
+        asked.append(tuple(map(str, words)))
+        if "bench.ceiling" in words:
+            self.end -= 20.0  # it took its time
+            return runner.Ran(0, CEILING, 20.0)
+        if "bench" in words:
+            assert pathlib.Path(environment["MARQUARDT_BENCH_CEILING"]).read_text() == CEILING
+            pathlib.Path(environment["MARQUARDT_BENCH_ROWS"]).write_text('{"id": "a"}\n')
+            return runner.Ran(-9, "", 70.0, late=True)
+        return runner.Ran(0, "", 0.0)
+
+    monkeypatch.setattr(runner.Context, "run", run)
+    monkeypatch.setattr(parts, "gpu_arch", lambda context: "90")
+    monkeypatch.setattr(parts.build, "make_site", lambda context: context.state)
+    context.missing, context.end = missing, time.monotonic() + 100
+    good, result = parts.benchmarks(context)
+    assert not good and result["ceiling"]["gbps"] == 3000
+    assert result["rows"] == ([] if missing else [{"id": "a"}])
+    if not missing:
+        words = asked[-1]
+        assert 50 <= float(words[words.index("--deadline") + 1]) <= 56  # 100 - 20 - START - MARGIN
 
 
 # --- wheels and builds --------------------------------------------------------------------------------------
@@ -387,6 +488,70 @@ def test_the_linker_sees_wide_instructions_last(tmp_path: pathlib.Path) -> None:
     assert words[0] == "nvcc" and "-lc10" in words and words[words.index("-lc10") - 1] == "-Xlinker"
 
 
+class Machine:
+    """Commands that answer what they are told to, by a word of theirs."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, answers: dict[str, runner.Ran], cmake: str = "cmake"
+    ) -> None:
+        self.asked: list[str] = []
+
+        def run(context: runner.Context, *words: Any, **more: Any) -> runner.Ran:
+            self.asked.append(" ".join(map(str, words)))
+            found = [ran for word, ran in answers.items() if word in self.asked[-1]]
+            return found[0] if found else runner.Ran(0, "versions\n{}", 1.0)
+
+        monkeypatch.setattr(runner.Context, "run", run)
+        monkeypatch.setattr(build, "find_tools", lambda arch: build.Tools("g++", "nvcc", ROOT, arch))
+        monkeypatch.setattr(build.native, "find_cmake", lambda: cmake)
+        monkeypatch.setattr(build.native, "find_ninja", lambda: "ninja")
+        monkeypatch.setattr(build, "write_config", lambda *a: None)
+        monkeypatch.setattr(build.shutil, "copy2", lambda *a: None)
+        monkeypatch.setattr(build.os, "replace", lambda *a: None)
+        monkeypatch.setattr(build, "make_site", lambda context: context.state / "site")
+
+    def compiled(self) -> bool:
+        return any("-shared" in words for words in self.asked)
+
+
+REFUSED = """[3/9] Building
+FAILED: [code=1] a.o
+/usr/bin/c++ -Werror=all a.cpp
+a.cpp:3:4: error: no such thing
+a.cpp:9:9: error: nor that
+ninja: build stopped: subcommand failed.
+"""
+
+
+def test_what_a_compiler_refuses_is_not_tried_again(
+    context: runner.Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = Machine(monkeypatch, {"native.py": runner.Ran(1, REFUSED, 9.0)})
+    part = runner.Part("build", 1.0, (), lambda context: build.build(context, "90", "abc"))
+    assert runner.run([part], context, limit=100) == {"build": runner.FAILED}
+    assert len(there.asked) == 1 and not there.compiled()
+    found = read(context, "build")
+    assert found["reason"] == "a.cpp:3:4: error: no such thing" and "nor that" in found["result"]["tail"]
+    assert "nor that" in capsys.readouterr().out
+
+
+def test_cmake_that_cannot_configure_is_done_without(
+    context: runner.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Machine(monkeypatch, {"native.py": runner.Ran(1, "CMake Error at CMakeLists.txt:9", 1.0)})
+    good, result = build.build(context, "90", "abc")
+    assert good and there.compiled() and result["how"] == "direct"
+    assert (result["environment"], result["build_info"]) == (["versions"], "{}")
+    assert sum("env.report" in words for words in there.asked) == 1
+    there = Machine(monkeypatch, {"-shared": runner.Ran(1, "ld: error: undefined", 1.0)}, cmake="")
+    good, result = build.build(context, "90", "abc")
+    assert not good and result["reason"] == "ld: error: undefined"
+    assert not any("native.py" in words for words in there.asked)
+    there = Machine(monkeypatch, {})
+    good, result = build.build(context, "90", "abc")
+    assert good and not there.compiled() and result["how"] == "cmake"
+
+
 @pytest.mark.full
 def test_the_direct_build_makes_a_library_that_loads(tmp_path: pathlib.Path) -> None:
     context = runner.Context(tmp_path, io.StringIO(), end=time.monotonic() + 900)
@@ -395,7 +560,7 @@ def test_the_direct_build_makes_a_library_that_loads(tmp_path: pathlib.Path) -> 
         if not build.nvcc.find()
         else build.find_tools("90")
     )
-    assert build.direct(context, tools, "abc", tmp_path), context.log.getvalue()[-3000:]  # type: ignore[attr-defined]
+    assert build.direct(context, tools, "abc", tmp_path).good, context.log.getvalue()[-3000:]  # type: ignore[attr-defined]
     check = "import marquardt; from marquardt import _native; print(_native.why_not(), _native.build_info())"
     ran = context.python("-c", check, MARQUARDT_LIBRARY=str(tmp_path / build.native.LIBRARY))
     assert ran.good and ran.output.startswith("None") and "direct build" in ran.output, ran.output

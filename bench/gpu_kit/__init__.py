@@ -8,9 +8,11 @@
     machine     GPU, driver, clocks, compilers, versions
     build       the library with CUDA kernels, by CMake or, without it, by nvcc and g++ directly
     tests       the suites on CUDA tensors, with the CUDA and with the Triton kernels
+    bench       the bandwidth ceiling, then every benchmark row
     sanitizer   compute-sanitizer over small shapes: memcheck, racecheck, synccheck
     counters    bytes from device memory by the hardware counters (Nsight Compute)
-    bench       the bandwidth ceiling, then every benchmark row
+
+Without a build that succeeds, the Triton kernels are tested and the ceiling is measured all the same.
 
 No network is needed: torch, Triton, nvcc and g++ are the machine's own. A part that is done is not run again as long
 as the sources it depends on stay the same (--again forces it), so a run that was cut short is taken up by the same

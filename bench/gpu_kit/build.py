@@ -1,4 +1,4 @@
-"""The library on the machine at hand: by CMake, or by g++ and nvcc directly where CMake or Ninja is missing."""
+"""The library on the machine at hand: by CMake, or by g++ and nvcc directly where CMake or Ninja cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .runner import ROOT, Context, Skip
+from .runner import ROOT, Context, Ran, Skip
 
 sys.path.insert(0, str(ROOT / "build_tools"))
 
@@ -110,27 +110,27 @@ def write_config(folder: pathlib.Path, tools: Tools, commit: str, version: str) 
     return path
 
 
-def direct(context: Context, tools: Tools, commit: str, destination: pathlib.Path = PACKAGE) -> bool:
-    """Every source at once, on all cores; the library goes beside the package."""
+def direct(context: Context, tools: Tools, commit: str, destination: pathlib.Path = PACKAGE) -> Ran:
+    """Every source at once, on all cores; the library goes beside the package. The command that failed, or the last."""
     folder = context.state / "objects"
     if not context.dry:
         write_config(folder, tools, commit, native.project_version())
     files = sources() if tools.nvcc else [p for p in sources() if p.suffix == ".cpp"]
     objects = [folder / f"{p.parent.name}-{p.name}.o" for p in files]
 
-    def make(pair: tuple[pathlib.Path, pathlib.Path]) -> bool:
-        return context.run(*compile_command(*pair, tools, folder)).good
+    def make(pair: tuple[pathlib.Path, pathlib.Path]) -> Ran:
+        return context.run(*compile_command(*pair, tools, folder))
 
     with ThreadPoolExecutor(native.jobs()) as pool:
-        if not all(pool.map(make, zip(files, objects, strict=True))):
-            return False
+        for ran in list(pool.map(make, zip(files, objects, strict=True))):
+            if not ran.good:
+                return ran
     made = folder / native.LIBRARY
-    if not context.run(*link_command(objects, made, tools)).good:
-        return False
-    if not context.dry:
+    linked = context.run(*link_command(objects, made, tools))
+    if linked.good and not context.dry:
         shutil.copy2(made, destination / f"{native.LIBRARY}.new")
         os.replace(destination / f"{native.LIBRARY}.new", destination / native.LIBRARY)
-    return True
+    return linked
 
 
 def find_tools(arch: str) -> Tools:
@@ -143,32 +143,49 @@ def find_tools(arch: str) -> Tools:
     return Tools(cxx, compiler, torch_dir.find(), arch)
 
 
+COMPILED = re.compile(r"^(FAILED: |ninja: )", re.MULTILINE)  # Ninja's words, which come after CMake's
+ASK = """
+import json
+from marquardt import _native, env
+print(env.report())
+print(json.dumps(_native.build_info()))
+"""
+
+
+def why(ran: Ran) -> str:
+    """The first line of an output that names an error, else the last."""
+    lines = [line.strip() for line in ran.output.splitlines() if line.strip()]
+    named = [line for line in lines if "error:" in line] + [line for line in lines if "CMake Error" in line]
+    return (named or lines[-1:] or [f"exit {ran.code}"])[0]
+
+
 def build(context: Context, arch: str, commit: str) -> tuple[bool, dict[str, Any]]:
-    """Tries CMake first; numbers: how it was built, and what the library says of itself."""
+    """By CMake; directly where CMake or Ninja is missing or CMake cannot configure. What a compiler refuses, it refuses
+    either way. Numbers: how it was built, and what the library says of itself."""
     tools = find_tools(arch)
-    how, done = "cmake", False
+    how, made = "direct", None
     if native.find_cmake() and native.find_ninja():
+        how = "cmake"
         made = context.python(
             "build_tools/native.py",
             MARQUARDT_CUDA="1",
             MARQUARDT_CUDA_ARCHS=f"{arch}-real",
             CUDACXX=tools.nvcc,
         )
-        done = made.good
-    if not done and context.left > 0:
-        how, done = "direct", direct(context, tools, commit)
+        if not made.good and not made.late and not COMPILED.search(made.output):
+            context.say(f"# CMake: {why(made)}")
+            how, made = "direct", None
+    if made is None:
+        made = direct(context, tools, commit)
     site = make_site(context)
-    told = context.python(
-        "-c", "import json; from marquardt import _native; print(json.dumps(_native.build_info()))"
-    )
-    loads = context.python("-m", "marquardt.env")
-    return done and told.good and loads.good, {
-        "how": how,
-        "arch": arch,
-        "site": site.name,
-        "build_info": told.tail.strip(),
-        "environment": loads.tail.splitlines(),
-    }
+    numbers: dict[str, Any] = {"how": how, "arch": arch, "site": site.name}
+    asked = context.python("-c", ASK) if made.good else made
+    if not asked.good:
+        reason = "out of time" if asked.late else why(asked)
+        context.say(asked.tail)
+        return False, {**numbers, "reason": reason, "tail": asked.tail}
+    lines = asked.output.strip().splitlines()
+    return True, {**numbers, "build_info": lines[-1] if lines else "", "environment": lines[:-1]}
 
 
 def make_site(context: Context) -> pathlib.Path:

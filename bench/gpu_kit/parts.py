@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -28,6 +29,7 @@ GPU_FIELDS = (
     "name", "driver_version", "compute_cap", "memory.total", "pstate", "temperature.gpu", "power.limit",
     "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "ecc.mode.current",
 )  # fmt: skip
+COMPILERS = ("nvcc", "g++", "cmake")
 TOOLS = ("nvcc", "g++", "cmake", "ninja", "compute-sanitizer", "ncu", "cuobjdump")
 VERSIONS = """
 import importlib.metadata as m, json
@@ -40,7 +42,9 @@ print(json.dumps({name: of(name) for name in names}))
 
 
 def commit() -> str:
-    """Short hash with + for local changes, 'unknown' outside a repository."""
+    """What MARQUARDT_COMMIT says, else the short hash with + for local changes, 'unknown' outside a repository."""
+    if named := os.environ.get("MARQUARDT_COMMIT"):
+        return named
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -50,7 +54,11 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MARQUARDT_COMMIT", "unknown")
+        return "unknown"
+
+
+def first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0]
 
 
 def last_line(text: str) -> str:
@@ -80,16 +88,19 @@ def machine(context: Context) -> Result:
     smi = context.run("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits")
     rows = list(csv.reader(io.StringIO(smi.output), skipinitialspace=True)) if smi.good else []
     gpus = [dict(zip(GPU_FIELDS, row, strict=False)) for row in rows if len(row) == len(GPU_FIELDS)]
-    compiler = context.run("nvcc", "--version") if shutil.which("nvcc") else Ran(1, "", 0.0)
+    tools = {name: bool(shutil.which(name)) for name in TOOLS}
+    said = {name: context.run(name, "--version") if tools[name] else Ran(1, "", 0.0) for name in COMPILERS}
     versions = context.python("-c", VERSIONS)
     return smi.good or context.dry, {
         "gpus": gpus,
-        "nvcc": last_line(compiler.output),
+        "nvcc": last_line(said["nvcc"].output),
+        "g++": first_line(said["g++"].output),
+        "cmake": first_line(said["cmake"].output),
         "python": platform.python_version(),
         "kernel": platform.release(),
         "cores": len(os.sched_getaffinity(0)),
         "packages": parse_json(versions.output),
-        "tools": {name: bool(shutil.which(name)) for name in TOOLS},
+        "tools": tools,
     }
 
 
@@ -108,38 +119,79 @@ def build_library(context: Context) -> Result:
 
 # --- tests --------------------------------------------------------------------------------------------------
 
-# name -> (files, -k expression); a test's id holds its target, "cuda-cuda" or "cuda-triton".
+# name -> (files, -k expression, processes); a test's id holds its target, "cuda-cuda" or "cuda-triton".
 SUITES = {
-    "cuda": (("tests/test_cuda.py",), ""),
-    "hessian-cuda": (("tests/test_hessian.py",), "cuda-cuda"),
-    "hessian-triton": (("tests/test_hessian.py",), "cuda-triton"),
-    "langevin-cuda": (("tests/test_langevin.py",), "cuda-cuda"),
-    "langevin-triton": (("tests/test_langevin.py",), "cuda-triton"),
+    "cuda": (("tests/test_cuda.py",), "", 1),
+    "hessian-cuda": (("tests/test_hessian.py",), "cuda-cuda", 4),
+    "hessian-triton": (("tests/test_hessian.py",), "cuda-triton", 4),
+    "langevin-cuda": (("tests/test_langevin.py",), "cuda-cuda", 3),
+    "langevin-triton": (("tests/test_langevin.py",), "cuda-triton", 3),
 }
+WITHOUT_BUILD = tuple(name for name in SUITES if name.endswith("-triton"))
 
 
-def run_suite(context: Context, name: str) -> dict[str, Any]:
-    files, chosen = SUITES[name]
+def record_of(context: Context, name: str, shard: int) -> pathlib.Path:
+    return context.state / f"record-{name}-{shard}.jsonl"
+
+
+def run_suite(context: Context, name: str, shard: int) -> Ran | None:
+    """A share of a suite's tests; None if there is no such suite here."""
+    files, chosen, shards = SUITES[name]
     there = [file for file in files if (context.root / file).is_file()]
     if not there:
-        return {"absent": True}
-    record = context.state / f"record-{name}.jsonl"
+        return None
+    record = record_of(context, name, shard)
     record.unlink(missing_ok=True)
     words = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "bench.gpu_kit.recorder", "-p", "no:cacheprovider"]
     words += ["-m", "not full", *(["-k", chosen] if chosen else []), *there]
-    ran = context.python(*words, MARQUARDT_TEST_DEVICE="cuda", MARQUARDT_RECORD=str(record))
-    return {"exit": ran.code, "late": ran.late, "seconds": round(ran.seconds, 1), **recorder.summary(record)}
+    threads = max(1, len(os.sched_getaffinity(0)) // sum(suite[2] for suite in SUITES.values()))
+    return context.python(
+        *words,
+        MARQUARDT_TEST_DEVICE="cuda",
+        MARQUARDT_RECORD=str(record),
+        MARQUARDT_SHARD=f"{shard}/{shards}",
+        OMP_NUM_THREADS=str(threads),
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",  # others' plugins
+    )
+
+
+def suite_result(context: Context, name: str, ran: Sequence[Ran | None]) -> dict[str, Any]:
+    there = [one for one in ran if one is not None]
+    if not there:
+        return {"absent": True}
+    summary = recorder.summary(*(record_of(context, name, k) for k in range(len(ran))))
+    worst = next((one for one in there if not one.good), there[0])
+    return {
+        "exit": worst.code,
+        "late": any(one.late for one in there),
+        "seconds": round(max(one.seconds for one in there), 1),
+        **summary,
+        **({"tail": worst.tail} if not worst.good and not summary["failures"] else {}),
+    }
 
 
 def tests(context: Context) -> Result:
-    """All suites side by side: the work is compiling and comparing on the host."""
+    """All suites side by side: the work is compiling and comparing on the host. Without a build, Triton's alone."""
+    if context.missing:
+        gpu_arch(context)  # nothing was built because there is no GPU
     needs_module(context, "pytest")
-    with ThreadPoolExecutor(len(SUITES)) as pool:
-        found = dict(zip(SUITES, pool.map(lambda name: run_suite(context, name), SUITES), strict=True))
-    ran = [suite for suite in found.values() if not suite.get("absent")]
-    well = all(suite["exit"] == 0 and (suite["passed"] or context.dry) for suite in ran)
-    total = {key: sum(suite[key] for suite in ran) for key in ("passed", "failed", "error", "skipped")}
-    return bool(ran) and well, {"total": total, "suites": found}
+    chosen = WITHOUT_BUILD if context.missing else tuple(SUITES)
+    shards = [(name, shard) for name in chosen for shard in range(SUITES[name][2])]
+    with ThreadPoolExecutor(len(shards)) as pool:
+        ran = dict(zip(shards, pool.map(lambda shard: run_suite(context, *shard), shards), strict=True))
+    found = {
+        name: suite_result(context, name, [ran[shard] for shard in shards if shard[0] == name])
+        for name in chosen
+    }
+    there = [suite for suite in found.values() if not suite.get("absent")]
+    well = all(suite["exit"] == 0 and (suite["passed"] or context.dry) for suite in there)
+    total = {key: sum(suite[key] for suite in there) for key in ("passed", "failed", "error", "skipped")}
+    result = {"reason": partly(context), "total": total, "suites": found}
+    return bool(there) and well and not context.missing, result
+
+
+def partly(context: Context) -> str:
+    return f"in part, without {', '.join(context.missing)}" if context.missing else ""
 
 
 def needs_module(context: Context, name: str) -> None:
@@ -200,36 +252,59 @@ def sanitizer(context: Context) -> Result:
 
 
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+# Why a warp did not issue, in cycles for every instruction that was issued.
+STALLS = ("barrier", "branch_resolve", "dispatch_stall", "lg_throttle", "long_scoreboard", "math_pipe_throttle",
+          "membar", "mio_throttle", "no_instruction", "short_scoreboard", "sleeping", "wait")  # fmt: skip
+DETAILS = (
+    "gpu__time_duration.sum",
+    "sm__cycles_elapsed.max",
+    "launch__grid_size",
+    "launch__block_size",
+    "launch__registers_per_thread",
+    "launch__shared_mem_per_block_dynamic",
+    "launch__waves_per_multiprocessor",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__t_sectors_op_read.sum",
+    "lts__t_sectors_op_write.sum",
+    "smsp__inst_executed.sum",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_fp64.sum",
+    "sm__inst_executed_pipe_fp64.avg.pct_of_peak_sustained_active",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    *(f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio" for name in STALLS),
+)
+
+
+def count(context: Context, metrics: str, cache: str, *program: str) -> Ran:
+    """The program under Nsight Compute, which must leave the clocks alone."""
+    tool = ["ncu", "--cache-control", cache, "--clock-control", "none", "--csv", "--print-units", "base"]
+    tool += ["--metrics", metrics, "--kernel-name", "regex:frame_"]
+    return watched(context, tool, ["-m", "bench.gpu_kit.shapes", *program])
 
 
 def counters(context: Context) -> Result:
-    """Device-memory traffic of one large call, kernel by kernel, against the bytes that have to move."""
+    """Device-memory traffic of one large call, kernel by kernel, against the bytes that have to move; then what the
+    multiprocessors did in calls of several sizes."""
     if not context.dry and shutil.which("ncu") is None:
         raise Skip("ncu is not on PATH")
     build.make_site(context)
     # ncu would empty the caches before every kernel, and hide what the second sweep finds in L2.
-    tool = [
-        "ncu",
-        "--cache-control",
-        "none",
-        "--clock-control",
-        "none",
-        "--csv",
-        "--print-units",
-        "base",
-        "--metrics",
-        METRICS,
-    ]
-    ran = watched(
-        context, [*tool, "--kernel-name", "regex:frame_"], ["-m", "bench.gpu_kit.shapes", "--large"]
-    )
+    ran = count(context, METRICS, "none", "--large")
     kernels = parse_counters(ran.output)
     due = re.search(r"read at least: (\d+), written: (\d+)", ran.output)
     result: dict[str, Any] = {"kernels": kernels, "tail": "" if kernels else ran.tail}
     if due and kernels:
         read = sum(k.get("dram__bytes_read.sum", 0.0) for k in kernels)
         result |= {"read": read, "read_due": int(due[1]), "reads_of_the_input": round(read / int(due[1]), 3)}
+    if context.dry or context.left > LEAST_DETAILS:
+        detailed = count(context, ",".join(DETAILS), "all", "--sizes")
+        result["details"] = parse_counters(detailed.output)
+        result["tail"] = result["tail"] or ("" if result["details"] else detailed.tail)
     return context.dry or bool(kernels), result
+
+
+LEAST_DETAILS = 8.0  # seconds
 
 
 def parse_counters(output: str) -> list[dict[str, Any]]:
@@ -242,27 +317,44 @@ def parse_counters(output: str) -> list[dict[str, Any]]:
     for row in csv.DictReader(lines[start:]):
         if row.get("Metric Name") and row.get("Metric Value"):
             launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
-            launch[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
+            with contextlib.suppress(ValueError):  # "n/a"
+                launch[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
     return list(launches.values())
 
 
 # --- benchmarks ---------------------------------------------------------------------------------------------
 
-MARGIN = 20.0  # seconds that the last row may take, and the writing
+START, MARGIN = 10.0, 15.0  # seconds: until the first row starts; of the last row, and of writing
 
 
 def benchmarks(context: Context) -> Result:
-    """The ceiling is measured before the first row; rows start until the time is nearly up."""
-    needs_module(context, "pytest_benchmark")
-    path = context.state / "bench-rows.json"
-    path.unlink(missing_ok=True)
-    deadline = max(1.0, context.left - MARGIN)
+    """The ceiling, for which nothing has to be built; then rows start until the time is nearly up. Each row is written
+    as it is measured, so that what was measured stays when the time is up in spite of that."""
+    if context.missing:
+        gpu_arch(context)
     ceiling = context.python("-m", "bench.ceiling", timeout=60)
-    ran = context.python("-m", "bench", "--device", "cuda", "--json", path, "--deadline", f"{deadline:.0f}")
-    rows = read_rows(path)
+    path, lines, ceilings = (
+        context.state / f"bench-{name}" for name in ("rows.json", "rows.jsonl", "ceiling.json")
+    )
+    for old in (path, lines):
+        old.unlink(missing_ok=True)
+    result = {"ceiling": parse_whole(ceiling.output), "rows": [], "not_measured": [], "tail": ceiling.tail}
+    if not context.dry:
+        ceilings.write_text(json.dumps(result["ceiling"]))
+    if context.missing:
+        return False, {"reason": partly(context), **result}
+    needs_module(context, "pytest_benchmark")
+    deadline = max(1.0, context.left - START - MARGIN)
+    ran = context.python(
+        *("-m", "bench", "--device", "cuda", "--json", path, "--deadline", f"{deadline:.0f}"),
+        MARQUARDT_BENCH_ROWS=str(lines),
+        MARQUARDT_BENCH_CEILING=str(ceilings) if result["ceiling"] else "",
+        MARQUARDT_COMMIT=commit(),
+    )
+    rows = read_rows(path, lines)
     unmeasured = re.findall(r"out of time, not measured: (.*)", ran.output)
     return context.dry or (ran.good and bool(rows)), {
-        "ceiling": parse_whole(ceiling.output),
+        **result,
         "rows": rows,
         "not_measured": unmeasured[0].split() if unmeasured else [],
         "tail": ran.tail,
@@ -276,19 +368,32 @@ def parse_whole(text: str) -> Any:
         return {}
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a benchmark JSON, without pytest-benchmark's own statistics."""
+def read_rows(path: pathlib.Path, lines: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a benchmark JSON, without pytest-benchmark's own statistics; and those that were only written down
+    as they came: wrong results, and all of them if the time was up before the JSON."""
     try:
-        return [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
+        rows = [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
     except (OSError, ValueError, KeyError):
-        return []
+        rows = []
+    have = {row["id"] for row in rows}
+    return rows + [row for row in read_lines(lines) if row["id"] not in have]
 
 
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file that has one to a line; the last may be cut off."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+# What matters most comes first. Time that a part leaves goes to those after it.
 PARTS = (
-    Part("machine", 10, (), machine),
-    Part("build", 100, KERNELS, build_library),
-    Part("tests", 110, (*PACKAGE, "tests", "bench/gpu_kit"), tests, needs=("build",)),
-    Part("sanitizer", 55, (*PACKAGE, "bench/gpu_kit"), sanitizer, needs=("build",)),
-    Part("counters", 20, (*PACKAGE, "bench/gpu_kit"), counters, needs=("build",)),
-    Part("bench", 185, (*PACKAGE, "bench"), benchmarks, needs=("build",)),
+    Part("machine", 0.03, (), machine),
+    Part("build", 0.25, KERNELS, build_library),
+    Part("tests", 0.22, (*PACKAGE, "tests", "bench/gpu_kit"), tests, wants=("build",)),
+    Part("bench", 0.35, (*PACKAGE, "bench"), benchmarks, wants=("build",)),
+    Part("sanitizer", 0.10, (*PACKAGE, "bench/gpu_kit"), sanitizer, needs=("build",)),
+    Part("counters", 0.05, (*PACKAGE, "bench/gpu_kit"), counters, needs=("build",)),
 )

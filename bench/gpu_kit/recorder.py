@@ -1,6 +1,7 @@
 """A pytest plugin that writes every outcome as it comes: what ran is known even when the time limit strikes.
 
-`-p bench.gpu_kit.recorder` with MARQUARDT_RECORD=<file>; one JSON line for every test that failed, and counts.
+`-p bench.gpu_kit.recorder` with MARQUARDT_RECORD=<file>; one JSON line for every test that failed, and counts. With
+MARQUARDT_SHARD=k/n this process takes every n-th test, from the k-th on.
 """
 
 from __future__ import annotations
@@ -11,12 +12,20 @@ import pathlib
 from collections import Counter
 from typing import Any
 
+import pytest
+
 SHOWN = 2000  # characters of a failure
 
 
 def _write(record: dict[str, Any]) -> None:
     with pathlib.Path(os.environ["MARQUARDT_RECORD"]).open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    k, n = (int(word) for word in os.environ.get("MARQUARDT_SHARD", "0/1").split("/"))
+    items[:] = items[k::n]
 
 
 def pytest_collection_finish(session: Any) -> None:
@@ -42,19 +51,20 @@ def _broke(report: Any) -> bool:
     return bool(report.failed and report.when != "call")
 
 
-def summary(path: pathlib.Path, most: int = 40) -> dict[str, Any]:
-    """Counts and failures of a record; readable while it is still being written."""
+def summary(*paths: pathlib.Path, most: int = 40) -> dict[str, Any]:
+    """Counts and failures of records; readable while they are still being written."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # cut off
+    for path in paths:
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue  # cut off
     outcomes = Counter(r["outcome"] for r in records if "outcome" in r)
     bad = [r for r in records if r.get("outcome") in ("failed", "error")]
     skips = Counter(r.get("why", "") for r in records if r.get("outcome") == "skipped")
     return {
-        "collected": next((r["collected"] for r in records if "collected" in r), 0),
+        "collected": sum(r.get("collected", 0) for r in records),
         **{name: outcomes[name] for name in ("passed", "failed", "error", "skipped")},
         "skip_reasons": dict(skips.most_common(10)),
         "failures": bad[:most],

@@ -56,6 +56,7 @@ class Context:
     dry: bool = False
     wheels: pathlib.Path | None = None
     end: float = float("inf")  # of the part that runs, by time.monotonic()
+    missing: tuple[str, ...] = ()  # of what the part that runs can do without
     root: pathlib.Path = ROOT
 
     @property
@@ -110,13 +111,19 @@ class Context:
 
 @dataclass(frozen=True)
 class Part:
-    """run(context) -> (whether all was well, numbers as JSON). `inputs`: what its result depends on."""
+    """run(context) -> (whether all was well, numbers as JSON); a "reason" among the numbers says what was not.
+
+    share:  of the time that is left when it starts, against the shares of the parts that come after it.
+    inputs: what its result depends on.
+    needs:  parts without which it is skipped; wants: those without which it does less (context.missing).
+    """
 
     name: str
-    seconds: float
+    share: float
     inputs: tuple[str, ...]
     run: Callable[[Context], tuple[bool, dict[str, Any]]]
     needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
 
 
 def fingerprint(inputs: Sequence[str], root: pathlib.Path = ROOT) -> str:
@@ -152,6 +159,7 @@ def run_part(part: Part, context: Context, budget: float) -> dict[str, Any]:
     reason, result = "", {}
     try:
         good, result = part.run(context)
+        reason = str(result.pop("reason", ""))
         status = DONE if good else LATE if context.left <= 0 else FAILED
     except Skip as why:
         status, reason = SKIPPED, str(why)
@@ -161,8 +169,13 @@ def run_part(part: Part, context: Context, budget: float) -> dict[str, Any]:
         "status": status,
         "reason": reason,
         "seconds": round(time.monotonic() - start, 1),
+        "budget": round(budget, 1),
         "result": result,
     }
+
+
+def not_run(status: str, reason: str) -> dict[str, Any]:
+    return {"status": status, "reason": reason, "seconds": 0.0, "budget": 0.0, "result": {}}
 
 
 def run(
@@ -177,28 +190,34 @@ def run(
     """All parts in order, within `limit` seconds together; name -> status. Each leaves <state>/<name>.json."""
     start = time.monotonic()
     statuses: dict[str, str] = {}
-    for part in parts:
-        mark = fingerprint(part.inputs, context.root)
-        found = read_state(context.state, part)
-        if not again and is_done(found, mark):
+    marks = {part.name: fingerprint(part.inputs, context.root) for part in parts}
+    before = {
+        part.name
+        for part in parts
+        if not again and is_done(read_state(context.state, part), marks[part.name])
+    }
+    for k, part in enumerate(parts):
+        if part.name in before:
             context.say(f"== {part.name}: done before")
             statuses[part.name] = DONE
             deliver(context, part, out)
             continue
         left = limit - (time.monotonic() - start)
+        budget = left * part.share / sum(p.share for p in parts[k:] if p.name not in before)
         missing = [name for name in part.needs if not good(context, name, statuses)]
-        context.say(f"== {part.name}: at most {min(part.seconds, left):.0f} s")
+        context.missing = tuple(name for name in part.wants if not good(context, name, statuses))
+        context.say(f"== {part.name}: at most {max(budget, 0.0):.0f} s")
         if missing:
-            made = {"status": SKIPPED, "reason": f"needs {', '.join(missing)}", "seconds": 0.0, "result": {}}
+            made = not_run(SKIPPED, f"needs {', '.join(missing)}")
         elif left < LEAST:
-            made = {"status": LATE, "reason": "the run's time is up", "seconds": 0.0, "result": {}}
+            made = not_run(LATE, "the run's time is up")
         else:
-            made = run_part(part, context, min(part.seconds, left))
+            made = run_part(part, context, budget)
         statuses[part.name] = made["status"]
         context.say(f"== {part.name}: {made['status']} {made['reason']} ({made['seconds']} s)")
         if context.dry:
             continue
-        whole = {"part": part.name, **made, "fingerprint": mark, "commit": commit, "budget": part.seconds}
+        whole = {"part": part.name, **made, "fingerprint": marks[part.name], "commit": commit}
         (context.state / f"{part.name}.json").write_text(json.dumps(whole, indent=1))
         deliver(context, part, out)
     return statuses

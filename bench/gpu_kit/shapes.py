@@ -1,7 +1,7 @@
 """Small calls that touch every variant and tail of the CUDA kernels, each compared with the definition.
 
 compute-sanitizer and Nsight Compute watch this program: `python -m bench.gpu_kit.shapes`. With `--large` it makes the
-one call whose traffic is counted, and prints the bytes that have to move.
+one call whose traffic is counted, and prints the bytes that have to move; with `--sizes` calls from a small latent up.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PAIRS = (
     (torch.float64, torch.float64),
 )
 LARGE = (16, 16, 256, 256)
+SIZES = ((1, 4, 64, 64), (16, 4, 64, 64), (8, 4, 128, 128), (64, 4, 128, 128), LARGE)
 
 
 def worst(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> float:
@@ -84,11 +85,27 @@ def large(device: str) -> None:
     print(f"bytes read at least: {2 * eps.nbytes}, written: {out.nbytes}")
 
 
+def sizes(device: str) -> None:
+    """lm_direction and affine_step of three terms, every size once after one call that loads the kernels."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in (SIZES[0], *SIZES) if dtype is torch.float32 else SIZES[2:4]:
+            eps, prev = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+            out = torch.empty_like(eps)
+            mq.lm_direction(eps, prev, damping=0.005, kappa=0.3, out=out)
+            if shape != SIZES[0]:
+                mq.affine_step([eps, prev, eps], [0.9, -0.3, 0.7], out=out)
+    torch.cuda.synchronize()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--sizes", action="store_true")
     options = parser.parse_args(arguments)
+    if options.sizes:
+        sizes(options.device)
+        return 0
     if options.large:
         large(options.device)
         return 0
