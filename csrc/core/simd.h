@@ -134,6 +134,24 @@ MQ_INLINE Vec<double> load_as_double(const float* from) {
 #endif
 }
 
+// Two vectors of doubles as one of floats.
+MQ_INLINE Vec<float> narrow(Vec<double> low, Vec<double> high) {
+#if defined(__AVX512DQ__)
+  return (Vec<float>)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)low)),
+                                        _mm512_cvtpd_ps((__m512d)high), 1);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)low)),
+                                          _mm256_cvtpd_ps((__m256d)high), 1);
+#else
+  Vec<float> v;
+  for (int i = 0; i < kWidth<double>; ++i) {
+    v[i] = static_cast<float>(low[i]);
+    v[kWidth<double> + i] = static_cast<float>(high[i]);
+  }
+  return v;
+#endif
+}
+
 // Lower half + upper half of a float vector, in double.
 MQ_INLINE Vec<double> fold_to_double(Vec<float> v) {
 #if defined(__AVX512DQ__)

@@ -59,7 +59,7 @@ constexpr int64_t chunks_of(int64_t size) {
 }
 
 int gram_entries(const FrameCall& call) {
-  return call.gram == GramKind::first ? call.rows - 1 : call.rows * (call.rows + 1) / 2;
+  return entries_of(call.gram, call.rows);
 }
 
 // Room for the rows of one chunk that are not read in place; one per thread and call.
@@ -273,7 +273,9 @@ class FrameRunner {
     for (int j = 0; j < call_.rows; ++j)
       if (all[j] != nullptr && (pairs > 0 || (map.used >> j & 1u))) rows[count] = all[j], columns[count++] = j;
 
+    const bool wide = map.wide && pairs == 0;
     T c[kMaxOutputs * kMaxVectors];
+    double c_wide[kMaxOutputs * kMaxVectors];
     T* outs[kMaxOutputs];
     int written[kMaxOutputs], m = 0;
     for (int i = 0; i < call_.outputs; ++i) {
@@ -281,11 +283,21 @@ class FrameRunner {
         fill_zero(i, b, begin, n);
         continue;
       }
-      for (int j = 0; j < count; ++j) c[m * count + j] = static_cast<T>(map.c[i][columns[j]]);
+      for (int j = 0; j < count; ++j) {
+        if (wide) {
+          c_wide[m * count + j] = map.c[i][columns[j]];
+        } else {
+          c[m * count + j] = static_cast<T>(map.c[i][columns[j]]);
+        }
+      }
       outs[m] = out_pointer(i, b, begin, scratch);
       written[m++] = i;
     }
-    kernels_.apply(rows, count, pairs, c, m, outs, n, streaming_ && writes_in_place_);
+    if (wide) {
+      kernels_.apply_wide(rows, count, c_wide, m, outs, n, streaming_ && writes_in_place_);
+    } else {
+      kernels_.apply(rows, count, pairs, c, m, outs, n, streaming_ && writes_in_place_);
+    }
     for (int k = 0; k < m; ++k) store_output(written[k], b, begin, n, outs[k]);
   }
 

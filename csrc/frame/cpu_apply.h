@@ -7,6 +7,12 @@
 
 namespace marquardt::MQ_ISA {
 
+// A number as a type.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // Up to eight rows and two outputs, everything in registers. A tail goes through padded buffers and the same
 // arithmetic, so that an element's value does not depend on where it stands.
 template <class T, int N, int Pairs, int M>
@@ -70,32 +76,103 @@ void apply_small(const T* const* rows, const T* c, T* const* outs, int64_t n, bo
   part(i, n - i);
 }
 
-// Any number of rows, four outputs at a time: a row is loaded once for the four.
-template <class T>
-void apply_general(const T* const* rows, int count, const T* c, int outputs, T* const* outs, int64_t n) {
-  constexpr int kStep = kWidth<T>;
-  const auto block = [&](const T* const* from, int64_t at, int m0, int ms, Vec<T>* sum) {
-    for (int m = 0; m < ms; ++m) sum[m] = broadcast(c[(m0 + m) * count]) * load<T>(from[0] + at);
+// Vectors of A that hold as many elements as one of T.
+template <class T, class A>
+constexpr int kParts = static_cast<int>(sizeof(A) / sizeof(T));
+
+template <class T, class A>
+MQ_INLINE Vec<T> joined(const Vec<A>* parts) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    return parts[0];
+  } else {
+    return narrow(parts[0], parts[1]);
+  }
+}
+
+// M outputs of any number of rows over n elements, U vectors at a time, summed in A: a row is loaded once for all of them.
+template <class T, class A, int M, int U>
+void apply_block(const T* const* rows, int count, const A* c, T* const* outs, int64_t n, bool streaming) {
+  constexpr int kStep = kWidth<T>, kHalves = kParts<T, A>;
+  const auto combine = [&](const T* const* from, int64_t at, auto units, Vec<T> (*result)[U]) {
+    constexpr int kUnits = decltype(units)::value, kVectors = kUnits * kHalves;
+    Vec<A> sum[M][kVectors], row[kVectors];
+    const auto load_vectors = [&](int j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) row[v] = load_row<A>(from[j] + at + v * kWidth<A>);
+    };
+    load_vectors(0);  // a first product, not a sum with 0: it keeps −0
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = broadcast(c[m * count]) * row[v];
     for (int j = 1; j < count; ++j) {
-      const Vec<T> row = load<T>(from[j] + at);
-      for (int m = 0; m < ms; ++m) sum[m] = fma(broadcast(c[(m0 + m) * count + j]), row, sum[m]);
+      load_vectors(j);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Vec<A> factor = broadcast(c[m * count + j]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = fma(factor, row[v], sum[m][v]);
+      }
     }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnits; ++u) result[m][u] = joined<T, A>(sum[m] + u * kHalves);
   };
-  Vec<T> sum[4];
+  Vec<T> result[M][U];
+  const auto part = [&](int64_t at, int64_t length) {
+    if (length <= 0) return;
+    const Tail<T, kMaxVectors> tail(rows, count, at, length);
+    combine(tail.rows, 0, Count<1>{}, result);
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < length; ++i) outs[m][at + i] = result[m][0][i];
+  };
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep)
-    for (int m0 = 0; m0 < outputs; m0 += 4) {
-      const int ms = outputs - m0 < 4 ? outputs - m0 : 4;
-      block(rows, i, m0, ms, sum);
-      for (int m = 0; m < ms; ++m) store(outs[m0 + m] + i, sum[m]);
+  if (streaming) {
+    const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(outs[0]) % kBytes);
+    const int64_t head = misaligned == 0 ? 0 : (kBytes - misaligned) / static_cast<int64_t>(sizeof(T));
+    i = head < n ? head : n;
+    part(0, i);
+    for (int m = 0; m < M; ++m) streaming = streaming && reinterpret_cast<uintptr_t>(outs[m] + i) % kBytes == 0;
+  }
+  const auto put = [&](int64_t at, auto units) {
+    combine(rows, at, units, result);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int u = 0; u < decltype(units)::value; ++u) {
+        if (streaming) {
+          stream(outs[m] + at + u * kStep, result[m][u]);
+        } else {
+          store(outs[m] + at + u * kStep, result[m][u]);
+        }
+      }
+  };
+  for (; i + U * kStep <= n; i += U * kStep) put(i, Count<U>{});
+  for (; i + kStep <= n; i += kStep) put(i, Count<1>{});
+  part(i, n - i);
+}
+
+// Any number of rows and outputs, four outputs at a time over a stretch of elements that stays in the first cache.
+template <class T, class A>
+void apply_general(const T* const* rows, int count, const A* c, int outputs, T* const* outs, int64_t n, bool streaming) {
+  constexpr int64_t kStretch = 512;
+  constexpr bool kWide = sizeof(A) != sizeof(T);
+  const T* from[kMaxVectors];
+  T* to[kMaxOutputs];
+  for (int64_t begin = 0; begin < n; begin += outputs > 4 ? kStretch : n) {
+    const int64_t length = outputs > 4 && n - begin > kStretch ? kStretch : n - begin;
+    for (int j = 0; j < count; ++j) from[j] = rows[j] + begin;
+    for (int m = 0; m < outputs; ++m) to[m] = outs[m] + begin;
+    for (int m = 0; m < outputs; m += 4) {
+      const A* some = c + static_cast<int64_t>(m) * count;
+      switch (outputs - m) {
+        case 1: apply_block<T, A, 1, kWide ? 2 : 4>(from, count, some, to + m, length, streaming); break;
+        case 2: apply_block<T, A, 2, kWide ? 1 : 2>(from, count, some, to + m, length, streaming); break;
+        case 3: apply_block<T, A, 3, kWide ? 1 : 2>(from, count, some, to + m, length, streaming); break;
+        default: apply_block<T, A, 4, kWide ? 1 : 2>(from, count, some, to + m, length, streaming);
+      }
     }
-  if (i == n) return;
-  const Tail<T, kMaxVectors> tail(rows, count, i, n - i);
-  for (int m0 = 0; m0 < outputs; m0 += 4) {
-    const int ms = outputs - m0 < 4 ? outputs - m0 : 4;
-    block(tail.rows, 0, m0, ms, sum);
-    for (int m = 0; m < ms; ++m)
-      for (int64_t k = i; k < n; ++k) outs[m0 + m][k] = sum[m][k - i];
   }
 }
 
@@ -134,7 +211,14 @@ void apply(const T* const* rows, int count, int pairs, const T* c, int outputs, 
            bool streaming) {
   if (outputs == 1 && apply_outputs<T, 1>(rows, count, pairs, c, outs, n, streaming)) return;
   if (outputs == 2 && apply_outputs<T, 2>(rows, count, pairs, c, outs, n, streaming)) return;
-  apply_general<T>(rows, count, c, outputs, outs, n);
+  apply_general<T, T>(rows, count, c, outputs, outs, n, streaming);
+}
+
+// The same with sums in double, rounded once.
+template <class T>
+void apply_wide(const T* const* rows, int count, const double* c, int outputs, T* const* outs, int64_t n,
+                bool streaming) {
+  apply_general<T, double>(rows, count, c, outputs, outs, n, streaming);
 }
 
 template <class T>

@@ -46,7 +46,7 @@ struct Tail {
   }
 };
 
-// All N(N+1)/2 entries of up to four rows in one sweep, with enough independent sums to hide the latency of fma.
+// All N(N+1)/2 entries of up to six rows in one sweep, with enough independent sums to hide the latency of fma.
 template <class T, class A, int N, int Pairs>
 void gram_small(const T* const* rows, int64_t n, double (*acc)[kLanes]) {
   constexpr int kEntries = N * (N + 1) / 2, kUnroll = kEntries == 1 ? 8 : kEntries <= 3 ? 4 : kEntries <= 6 ? 2 : 1;
@@ -58,9 +58,9 @@ void gram_small(const T* const* rows, int64_t n, double (*acc)[kLanes]) {
 #pragma GCC unroll 8
     for (int u = 0; u < kUnroll; ++u) {
       load_frame<N, Pairs, A>(rows, i + u * kStep, frame);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int a = 0; a < N; ++a)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int b = 0; b <= a; ++b) sum[u][a * (a + 1) / 2 + b] = fma(frame[a], frame[b], sum[u][a * (a + 1) / 2 + b]);
     }
   }
@@ -81,52 +81,105 @@ void gram_small(const T* const* rows, int64_t n, double (*acc)[kLanes]) {
   }
 }
 
-// One 4×4 tile of a larger Gram: rows a0… with rows b0…
-template <class T, class A>
-void gram_tile(const T* const* rows, int a0, int na, int b0, int nb, int64_t n, double (*acc)[kLanes]) {
-  constexpr int kStep = kWidth<A>;
-  Vec<A> sum[4][4] = {};
-  const auto add = [&](const T* const* a_rows, const T* const* b_rows, int64_t at) {
-    Vec<A> a[4] = {}, b[4] = {};
-    for (int j = 0; j < na; ++j) a[j] = load_row<A>(a_rows[j] + at);
-    for (int j = 0; j < nb; ++j) b[j] = load_row<A>(b_rows[j] + at);
+// Where the product of two rows goes, −1 if it is not asked for.
+MQ_INLINE int entry_of(GramKind kind, int count, int row, int column) {
+  if (kind == GramKind::first) return row == 0 && column > 0 ? column - 1 : -1;
+  if (kind == GramKind::two) return row == 0 && column > 0 ? column - 1 : row == 1 && column > 1 ? count + column - 3 : -1;
+  return column <= row ? row * (row + 1) / 2 + column : -1;
+}
+
+// Rows a0 … with rows b0 … over n elements, a multiple of the vector's width: NA × NB sums in registers.
+template <class A, int NA, int NB, bool Diagonal>
+void gram_tile(const A* const* rows, int count, GramKind kind, int a0, int b0, int64_t n, double (*acc)[kLanes]) {
+  Vec<A> sum[NA][NB] = {};
+  for (int64_t i = 0; i < n; i += kWidth<A>) {
+    Vec<A> b[NB];
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p)
+    for (int q = 0; q < NB; ++q) b[q] = load<A>(rows[b0 + q] + i);
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) sum[p][q] = fma(a[p], b[q], sum[p][q]);
-  };
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) add(rows + a0, rows + b0, i);
-  if (i < n) {
-    const Tail<T, 4> a(rows + a0, na, i, n - i), b(rows + b0, nb, i, n - i);
-    add(a.rows, b.rows, 0);
+    for (int p = 0; p < NA; ++p) {
+      const Vec<A> a = Diagonal ? b[p] : load<A>(rows[a0 + p] + i);
+#pragma GCC unroll 4
+      for (int q = 0; q < (Diagonal ? p + 1 : NB); ++q) sum[p][q] = fma(a, b[q], sum[p][q]);
+    }
   }
-  for (int p = 0; p < na; ++p)
-    for (int q = 0; q < nb; ++q) {
-      const int row = a0 + p, column = b0 + q;
-      if (column <= row) add_lanes(sum[p][q], acc[row * (row + 1) / 2 + column]);
+  for (int p = 0; p < NA; ++p)
+    for (int q = 0; q < NB; ++q) {
+      const int entry = entry_of(kind, count, a0 + p, b0 + q);
+      if (entry >= 0 && !(Diagonal && q > p)) add_lanes(sum[p][q], acc[entry]);
     }
 }
 
-// Row 0 with rows 1…: entry j − 1.
-template <class T, class A>
-void gram_first(const T* const* rows, int count, int64_t n, double (*acc)[kLanes]) {
-  constexpr int kStep = kWidth<A>;
-  for (int j0 = 1; j0 < count; j0 += 4) {
-    const int nb = count - j0 < 4 ? count - j0 : 4;
-    Vec<A> sum[4] = {};
-    const auto add = [&](const T* first, const T* const* others, int64_t at) {
-      const Vec<A> g = load_row<A>(first + at);
-      for (int j = 0; j < nb; ++j) sum[j] = fma(g, load_row<A>(others[j] + at), sum[j]);
-    };
-    int64_t i = 0;
-    for (; i + kStep <= n; i += kStep) add(rows[0], rows + j0, i);
-    if (i < n) {
-      const Tail<T, 1> first(rows, 1, i, n - i);
-      const Tail<T, 4> others(rows + j0, nb, i, n - i);
-      add(first.rows[0], others.rows, 0);
+template <class A, int NA>
+void gram_columns(const A* const* rows, int count, GramKind kind, int a0, int b0, int nb, int64_t n,
+                  double (*acc)[kLanes]) {
+  switch (nb) {
+    case 1: return gram_tile<A, NA, 1, false>(rows, count, kind, a0, b0, n, acc);
+    case 2: return gram_tile<A, NA, 2, false>(rows, count, kind, a0, b0, n, acc);
+    case 3: return gram_tile<A, NA, 3, false>(rows, count, kind, a0, b0, n, acc);
+    default: return gram_tile<A, NA, 4, false>(rows, count, kind, a0, b0, n, acc);
+  }
+}
+
+// All entries of a larger Gram, 4 × 4 at a time.
+template <class A>
+void gram_tiles(const A* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
+  const auto at_most_4 = [](int left) { return left < 4 ? left : 4; };
+  if (kind != GramKind::full) {  // row 0, or rows 0 and 1, with those behind
+    if (kind == GramKind::two) gram_columns<A, 1>(rows, count, kind, 0, 1, 1, n, acc);
+    for (int b = kind == GramKind::two ? 2 : 1; b < count; b += 4) {
+      if (kind == GramKind::two) {
+        gram_columns<A, 2>(rows, count, kind, 0, b, at_most_4(count - b), n, acc);
+      } else {
+        gram_columns<A, 1>(rows, count, kind, 0, b, at_most_4(count - b), n, acc);
+      }
     }
-    for (int j = 0; j < nb; ++j) add_lanes(sum[j], acc[j0 + j - 1]);
+    return;
+  }
+  for (int a = 0; a < count; a += 4) {
+    const int na = at_most_4(count - a);
+    for (int b = 0; b < a; b += 4) {
+      switch (na) {
+        case 1: gram_columns<A, 1>(rows, count, kind, a, b, 4, n, acc); break;
+        case 2: gram_columns<A, 2>(rows, count, kind, a, b, 4, n, acc); break;
+        case 3: gram_columns<A, 3>(rows, count, kind, a, b, 4, n, acc); break;
+        default: gram_columns<A, 4>(rows, count, kind, a, b, 4, n, acc);
+      }
+    }
+    switch (na) {
+      case 1: gram_tile<A, 1, 1, true>(rows, count, kind, a, a, n, acc); break;
+      case 2: gram_tile<A, 2, 2, true>(rows, count, kind, a, a, n, acc); break;
+      case 3: gram_tile<A, 3, 3, true>(rows, count, kind, a, a, n, acc); break;
+      default: gram_tile<A, 4, 4, true>(rows, count, kind, a, a, n, acc);
+    }
+  }
+}
+
+// Many rows: read where they lie, or converted once to the wider type, block by block in the first cache, because every
+// row meets every other.
+template <class T, class A>
+void gram_many(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
+  constexpr int kStep = kWidth<A>;
+  if constexpr (sizeof(A) == sizeof(T)) {
+    const int64_t whole = n / kStep * kStep;
+    gram_tiles<A>(rows, count, kind, whole, acc);
+    if (whole == n) return;
+    const Tail<T, kMaxVectors> tail(rows, count, whole, n - whole);
+    gram_tiles<A>(tail.rows, count, kind, kStep, acc);
+  } else {
+    constexpr int kBlock = 128;
+    alignas(64) A block[kMaxVectors][kBlock];
+    const A* at[kMaxVectors];
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t m = n - begin < kBlock ? n - begin : kBlock, whole = m / kStep * kStep;
+      for (int j = 0; j < count; ++j) {
+        at[j] = block[j];
+        for (int64_t i = 0; i < whole; i += kStep) store(block[j] + i, load_row<A>(rows[j] + begin + i));
+        if (whole < m)
+          for (int64_t i = whole; i < whole + kStep; ++i) block[j][i] = i < m ? static_cast<A>(rows[j][begin + i]) : A(0);
+      }
+      gram_tiles<A>(at, count, kind, (m + kStep - 1) / kStep * kStep, acc);
+    }
   }
 }
 
@@ -139,14 +192,16 @@ void gram_full(const T* const* rows, int count, int64_t n, double (*acc)[kLanes]
     case 4: return gram_small<T, A, 4, Pairs>(rows, n, acc);
     default: break;
   }
-  for (int a = 0; a < count; a += 4)
-    for (int b = 0; b <= a; b += 4)
-      gram_tile<T, A>(rows, a, count - a < 4 ? count - a : 4, b, count - b < 4 ? count - b : 4, n, acc);
+  if constexpr (kBytes == 64 && Pairs == 0) {  // with 32 registers all sums of six rows fit
+    if (count == 5) return gram_small<T, A, 5, 0>(rows, n, acc);
+    if (count == 6) return gram_small<T, A, 6, 0>(rows, n, acc);
+  }
+  gram_many<T, A>(rows, count, GramKind::full, n, acc);
 }
 
 template <class T, class A>
 void gram_of(const T* const* rows, int count, int pairs, GramKind kind, int64_t n, double (*acc)[kLanes]) {
-  if (kind == GramKind::first) return gram_first<T, A>(rows, count, n, acc);
+  if (kind != GramKind::full) return gram_many<T, A>(rows, count, kind, n, acc);
   switch (pairs) {
     case 0: return gram_full<T, A, 0>(rows, count, n, acc);
     case 1: return gram_full<T, A, 1>(rows, count, n, acc);

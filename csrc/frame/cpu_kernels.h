@@ -19,6 +19,9 @@ struct TypedFrameKernels {
   // outs[i][:n] = Σ_j c[i·count + j]·rows[j][:n]. `streaming` writes past the caches.
   void (*apply)(const T* const* rows, int count, int pairs, const T* c, int outputs, T* const* outs, int64_t n,
                 bool streaming);
+  // The same, without pairs, with sums in double.
+  void (*apply_wide)(const T* const* rows, int count, const double* c, int outputs, T* const* outs, int64_t n,
+                     bool streaming);
   void (*clamp)(T* row, T low, T high, int64_t n);
   void (*load)(DType dtype, const void* from, T* to, int64_t n);
   void (*store)(DType dtype, const T* from, void* to, int64_t n);

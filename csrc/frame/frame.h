@@ -32,13 +32,30 @@ enum class FrameOp : int {
   lm_direction_jvp = 3,
   affine = 4,
   affine_backward = 5,
+  // The damped low-rank Hessian (lowrank_maps.h): all of them behind this one.
+  lowrank = 6,
+  lowrank_vjp = 7,
+  lowrank_logdet = 8,
+  lowrank_logdet_vjp = 9,
+  lowrank_update = 10,
 };
 
 enum class GramKind : uint8_t {
   none,
   full,  // every pair of rows, packed: (i, j ≤ i) at i(i+1)/2 + j
-  first  // row 0 with each of the others: (0, j) at j − 1
+  first,  // row 0 with each of the others: (0, j) at j − 1
+  two     // the same, then row 1 with each of those behind it: (1, j) at k − 1 + j − 2
 };
+
+constexpr int entries_of(GramKind kind, int rows) {
+  switch (kind) {
+    case GramKind::none: return 0;
+    case GramKind::first: return rows - 1;
+    case GramKind::two: return 2 * rows - 3;
+    case GramKind::full: break;
+  }
+  return rows * (rows + 1) / 2;
+}
 
 // One vector per sample: D dense elements at data + b·batch_stride (in elements).
 struct Stream {
@@ -90,6 +107,7 @@ struct FrameMap {
   double c[kMaxOutputs][kMaxVectors];  // rows of C
   uint32_t used;                       // bit j: row j is read by the apply
   uint32_t zero;                       // bit i: output i is zero, whatever the rows hold
+  bool wide;                           // outputs are sums that cancel: added up in double
   double work[24];                     // room for the map's own numbers
 };
 

@@ -1,5 +1,6 @@
 #include "frame/launch.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "frame/run.h"
@@ -39,6 +40,48 @@ FrameLauncher::FrameLauncher(const char* op, const char* argument, const Tensor&
   walk_ = Walk::of(state_, batch_dims, noisy);
 }
 
+namespace {
+
+// One row of a stack: its view without dimension `at`, whose size and strides go into the two arrays.
+View row_view(View stack, int64_t at, int64_t* sizes, int64_t* strides) {
+  int64_t dims = 0;
+  for (int64_t d = 0; d < stack.dims; ++d) {
+    if (d == at) continue;
+    sizes[dims] = stack.sizes[d];
+    strides[dims++] = stack.strides[d];
+  }
+  stack.dims = dims;
+  stack.sizes = sizes;
+  stack.strides = strides;
+  return stack;
+}
+
+View stack_view(const char* op, const char* argument, const Tensor& stack, int64_t batch_dims) {
+  const View view = floating_view(op, argument, stack);
+  if (batch_dims != 0 && batch_dims != 1) value_error(op, "batch_dims", "be 0 or 1", batch_dims);
+  if (view.dims < batch_dims + 1) {
+    value_error(op, argument, batch_dims == 1 ? "have shape [B, k, *sample]" : "have shape [k, *sample]", view.shape());
+  }
+  return view;
+}
+
+}  // namespace
+
+FrameLauncher::FrameLauncher(const char* op, const char* argument, const Tensor& stack, int64_t batch_dims)
+    : op_(op),
+      first_name_(argument),
+      first_index_(-1),
+      first_(stack),
+      state_(row_view(stack_view(op, argument, stack, batch_dims), batch_dims, row_sizes_, row_strides_)),
+      gpu_(on_gpu(state_)) {
+  const Samples samples = samples_of(op, argument, -1, state_, batch_dims);
+  if (!gpu_ && !state_.on_cpu()) value_error(op, argument, "be on the CPU here", state_.device());
+  call.batch = samples.batch;
+  call.size = samples.size;
+  call.compute = state_.dtype == DType::f64 ? DType::f64 : DType::f32;
+  walk_ = Walk::of(state_, batch_dims, false);
+}
+
 void FrameLauncher::append(const Tensor& t, View view) {
   if (call.streams == kMaxVectors) value_error(op_, "streams", join("hold at most ", kMaxVectors, " vectors"), "more");
   inputs_[call.streams] = view;
@@ -58,6 +101,12 @@ void FrameLauncher::add(const char* argument, const Tensor& t, int index) {
     value_error(op_, label(argument, index), join("have the shape of ", first(), " (", state_.shape(), ")"),
                 view.shape());
   }
+  check_beside(argument, index, view);
+  append(t, view);
+}
+
+void FrameLauncher::check_beside(const char* argument, int index, const View& view) {
+  const auto first = [this] { return label(first_name_, first_index_); };
   if (!view.same_device(state_)) {
     value_error(op_, label(argument, index), join("be on the device of ", first(), " (", state_.device(), ")"),
                 view.device());
@@ -74,7 +123,67 @@ void FrameLauncher::add(const char* argument, const Tensor& t, int index) {
     }
     model_ = view.dtype;
   }
-  append(t, view);
+}
+
+int FrameLauncher::add_stack(const char* argument, const Tensor& stack) {
+  const View view = floating_view(op_, argument, stack);
+  const bool own = view.dims == state_.dims + 1, shared = view.dims == state_.dims + 1 - walk_.batch_dims;
+  const int64_t at = own ? walk_.batch_dims : 0;  // of the dimension k
+  bool fits = own || shared;
+  for (int64_t d = own ? 0 : walk_.batch_dims; fits && d < state_.dims; ++d)
+    fits = view.sizes[own && d < at ? d : d + 1 - (own ? 0 : walk_.batch_dims)] == state_.sizes[d];
+  const std::string first = label(first_name_, first_index_);
+  if (!fits) {
+    value_error(op_, argument, join("have shape [B, k, *sample] or [k, *sample], with ", first, " ", state_.shape()),
+                view.shape());
+  }
+  const int64_t k = view.sizes[at];
+  if (k > kMaxVectors - 2) value_error(op_, argument, join("have at most ", kMaxVectors - 2, " rows"), k);
+  check_beside(argument, -1, view);
+
+  // The order of a sample's elements is that of the walk, or the stack is copied.
+  View used = view;
+  bool in_order = true;
+  for (int64_t d = walk_.batch_dims; d < state_.dims; ++d) {
+    const int64_t stride = view.strides[own ? d + 1 : d + 1 - walk_.batch_dims];
+    in_order = in_order && (state_.sizes[d] == 1 || stride == walk_.strides[d]);
+  }
+  if (!in_order && view.numel() > 0) {
+    int64_t strides[kMaxDims];
+    if (own && walk_.batch_dims == 1) strides[0] = k * call.size;
+    strides[at] = call.size;
+    for (int64_t d = walk_.batch_dims; d < state_.dims; ++d)
+      strides[own ? d + 1 : d + 1 - walk_.batch_dims] = walk_.strides[d];
+    Tensor copy = empty_strided(view, view.sizes, strides, view.dims, view.dtype);
+    copy.copy_from(stack);
+    used = view_of(copy, view.dtype);
+    copies_.push_back(std::move(copy));
+  }
+  const int64_t batch_stride = own && walk_.batch_dims == 1 && state_.sizes[0] != 1 ? used.strides[0] : 0;
+  for (int64_t j = 0; j < k; ++j) {
+    const auto* row = static_cast<const char*>(used.data) + j * used.strides[at] * size_of(used.dtype);
+    inputs_[call.streams] = used;
+    call.stream[call.streams++] = {row, used.dtype, batch_stride};
+  }
+  call.rows = call.streams;
+  return static_cast<int>(k);
+}
+
+Tensor FrameLauncher::output_stack(int count, DType dtype) {
+  int64_t sizes[kMaxDims + 1], strides[kMaxDims + 1];
+  const int64_t head = walk_.batch_dims;
+  if (head == 1) sizes[0] = state_.sizes[0], strides[0] = std::max<int64_t>(1, count * call.size);
+  sizes[head] = count;
+  strides[head] = std::max<int64_t>(1, call.size);
+  for (int64_t d = head; d < state_.dims; ++d) {
+    sizes[d + 1] = state_.sizes[d];
+    strides[d + 1] = walk_.strides[d];
+  }
+  Tensor stack = empty_strided(state_, sizes, strides, state_.dims + 1, dtype);
+  auto* data = static_cast<char*>(stack.data());
+  for (int64_t i = 0; i < count; ++i)
+    call.output[call.outputs++] = {data + i * call.size * size_of(dtype), dtype, count * call.size};
+  return stack;
 }
 
 FrameLauncher::Rows FrameLauncher::rows_of(const char* argument, const Tensor& t, int64_t columns) const {

@@ -17,6 +17,12 @@ class FrameLauncher {
   // because noise is indexed so.
   FrameLauncher(const char* op, const char* argument, const Tensor& first, int index, int64_t batch_dims, bool noisy);
 
+  // A call about a stack [B, k, *sample] alone: the state is one row of it. Its rows are added by `add_stack`.
+  FrameLauncher(const char* op, const char* argument, const Tensor& stack, int64_t batch_dims);
+
+  // Appends the k rows of a stack [B, k, *sample], or [k, *sample] where the batch shares it; k is returned.
+  int add_stack(const char* argument, const Tensor& stack);
+
   // Appends a vector that must be like the state, in its dtype or a narrower one of the model.
   void add(const char* argument, const Tensor& t, int index = -1);
   // Appends the state itself as the next vector.
@@ -33,6 +39,8 @@ class FrameLauncher {
 
   void output(DType dtype);
   void output(const Tensor& out);
+  // k outputs behind one another: [B, k, *sample], or [k, *sample] in an unbatched call.
+  Tensor output_stack(int count, DType dtype);
   // [B, columns] float64.
   Tensor scalars(int64_t columns);
 
@@ -66,10 +74,14 @@ class FrameLauncher {
   // The same for a table [B, columns] on the GPU.
   void use_table(Tensor table, int64_t columns);
 
+  // Checks of what stands beside the state: device and dtypes.
+  void check_beside(const char* argument, int index, const View& view);
+
   const char* op_;
   const char* first_name_;
   int first_index_;
   Tensor first_;
+  int64_t row_sizes_[kMaxDims], row_strides_[kMaxDims];  // of the state, where it is a row of a stack
   View state_;
   bool gpu_;
   std::optional<DType> model_;  // the second dtype of the call, once one was seen

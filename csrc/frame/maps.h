@@ -9,6 +9,7 @@
 
 #include "frame/dual.h"
 #include "frame/frame.h"
+#include "frame/lowrank_maps.h"
 
 namespace marquardt {
 
@@ -226,6 +227,7 @@ MQ_MAP void map_part(const FrameCall& call, const double* gram, const double* p,
 // `gram_rows` are 0.
 MQ_MAP void finish_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map, double* scalars) {
   map.zero = 0u;
+  map.wide = false;
   switch (call.op) {
     case FrameOp::given:
       for (int i = 0; i < call.outputs; ++i)
@@ -250,10 +252,24 @@ MQ_MAP void finish_map(const FrameCall& call, const double* gram, const double* 
       if (scalars != nullptr)
         for (int j = 1; j < call.rows; ++j) scalars[j - 1] = gram[j - 1];
       return;
+    default: return;
   }
 }
 
-MQ_MAP void frame_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map, double* scalars) {
+// What the map of a low-rank op finds before it decides.
+MQ_MAP void begin_lowrank(const FrameCall& call, FrameMap& map) {
+  map.used = (1u << call.rows) - 1u;
+  map.zero = 0u;
+  map.wide = false;
+}
+
+// The whole scalar stage by one thread.
+inline void frame_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map, double* scalars) {
+  if (is_lowrank(call.op)) {
+    LowRankWork work;
+    begin_lowrank(call, map);
+    return lowrank_map(Alone{}, call, gram, p, map, scalars, work);
+  }
   const int parts = map_parts(call, p);
   for (int part = 0; part < parts; ++part) map_part(call, gram, p, part, map);
   finish_map(call, gram, p, map, scalars);

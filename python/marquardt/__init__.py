@@ -10,6 +10,7 @@ from . import backends, reference
 from .backends import Explanation, explain, use_backend
 from .hessian import lm_direction
 from .langevin import affine_step
+from .lowrank import lowrank_inv_sqrt, lowrank_logdet, lowrank_matvec, lowrank_solve, lowrank_update
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,11 @@ __all__ = [
     "backends",
     "explain",
     "lm_direction",
+    "lowrank_inv_sqrt",
+    "lowrank_logdet",
+    "lowrank_matvec",
+    "lowrank_solve",
+    "lowrank_update",
     "reference",
     "use_backend",
 ]

@@ -67,9 +67,22 @@ def _folded(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], ar
             moved = moved.unsqueeze(1).expand(size, batch, moved.shape[-1])
         return moved.flatten(0, 1)
 
+    def fold_stack(a: Tensor, dim: Any) -> Tensor:
+        """A stack beside vectors: [k, ...] stays shared, [V, k, ...] becomes one for each of V·B samples."""
+        inner = a.dim() - (dim is not None)  # dimensions that the mapped function sees
+        shared = inner == _dims(args[0], dims[0]) + 1 - batch_dims
+        if not shared or not batch_dims:
+            return a if shared and dim is None else fold(a, dim)
+        return a if dim is None else a.movedim(dim, 0).unsqueeze(1).expand(size, batch, *a.shape[:dim], *a.shape[dim + 1 :]).flatten(0, 1)
+
+    def fold_one(position: int, argument: Any, a: Any, dim: Any) -> Any:
+        if argument.name.startswith("coef"):
+            return fold_coef(a, dim)
+        return fold_stack(a, dim) if argument.name == "basis" and position > 0 else fold(a, dim)
+
     folded = [
-        fold_coef(a, d) if argument.name.startswith("coef") else fold(a, d)
-        for argument, a, d in zip(op.arguments, args, dims, strict=True)
+        fold_one(position, argument, a, dim)
+        for position, (argument, a, dim) in enumerate(zip(op.arguments, args, dims, strict=True))
     ]
     folded[at] = 1
     result = call(*folded)
@@ -82,6 +95,8 @@ def _folded(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], ar
 
     if not op.returns_scalars:
         return unfold(result)
+    if isinstance(result, Tensor):
+        return result.unflatten(0, (size, batch))
     *tensors, d_coef = result  # per-sample scalars have a batch dimension also in an unbatched call
     return (
         *unfold(tensors),
@@ -99,6 +114,11 @@ def _batch(args: Sequence[Any], dims: Sequence[Any]) -> int:
     if dim is not None:
         shape.pop(dim)
     return shape[0]
+
+
+def _dims(a: Tensor, dim: Any) -> int:
+    """Dimensions of an argument as the mapped function sees it."""
+    return a.dim() - (dim is not None)
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:

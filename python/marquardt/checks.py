@@ -239,3 +239,117 @@ def _interleaved(t: Tensor, distance: int) -> bool:
         1 + sum((size - 1) * stride for stride, size in dims if stride != max(dims)[0])
     ) * t.element_size()
     return distance % outer >= length and outer - distance % outer >= length
+
+
+# --- the low-rank Hessian ------------------------------------------------------------------------------------
+
+MAX_RANK = 16
+_VARIANTS = ("lowrank_matvec", "lowrank_solve", "lowrank_inv_sqrt")
+_VECTORS = ("v", "g", "z")
+
+
+def rank_of(v: Tensor, basis: Tensor, batch_dims: int) -> int:
+    """k of a stack [B, k, *sample], or [k, *sample] shared by the batch of `v`."""
+    return int(basis.shape[0]) if basis.dim() == v.dim() - batch_dims + 1 else int(basis.shape[batch_dims])
+
+
+def stack(op: str, basis: Any, first: str, v: Tensor, batch_dims: int) -> int:
+    """Rows of U that go with the vectors `v`; returns k."""
+    floating(op, "U", basis)
+    own = basis.dim() == v.dim() + 1 and basis.shape[:batch_dims] == v.shape[:batch_dims]
+    own = own and basis.shape[batch_dims + 1 :] == v.shape[batch_dims:]
+    shared = basis.dim() == v.dim() - batch_dims + 1 and basis.shape[1:] == v.shape[batch_dims:]
+    if not own and not shared:
+        rule = f"have shape [B, k, *sample] or [k, *sample], with {first} {list(v.shape)}"
+        raise errors.value(op, "U", rule, list(basis.shape))
+    k = rank_of(v, basis, batch_dims)
+    if k > MAX_RANK:
+        raise errors.value(op, "U", f"have at most {MAX_RANK} rows", k)
+    if basis.device != v.device:
+        raise errors.value(op, "U", f"be on the device of {first} ({v.device})", basis.device)
+    if (v.dtype, basis.dtype) not in PAIRS:
+        raise errors.kind(op, "U", f"have a dtype that pairs with {first} ({name(v.dtype)})", name(basis.dtype))
+    return k
+
+
+def stack_alone(op: str, basis: Any, batch_dims: int) -> int:
+    """A stack [B, k, *sample], or [k, *sample] with batch_dims=0; returns k."""
+    floating(op, "U", basis)
+    if batch_dims not in (0, 1):
+        raise errors.value(op, "batch_dims", "be 0 or 1", batch_dims)
+    if basis.dim() < batch_dims + 1:
+        rule = "have shape [B, k, *sample]" if batch_dims else "have shape [k, *sample]"
+        raise errors.value(op, "U", rule, list(basis.shape))
+    k = int(basis.shape[batch_dims])
+    if k > MAX_RANK:
+        raise errors.value(op, "U", f"have at most {MAX_RANK} rows", k)
+    return k
+
+
+def lowrank_scalars(op: str, coef: Any, k: int, positive: bool) -> None:
+    """Damping is finite and positive (for a product: not negative), s is finite."""
+    for row in host_values(coef):
+        if not 0.0 <= row[0] < math.inf or (positive and row[0] == 0.0):
+            raise errors.value(op, "damping", f"be finite and {'>' if positive else '>='} 0", row[0])
+        for x in row[1 : 1 + k]:
+            if not math.isfinite(x):
+                raise errors.value(op, "s", "be finite", x)
+
+
+def lowrank_apply(v: Any, basis: Any, coef: Any, variant: int, check: bool, batch_dims: int) -> None:
+    """What a product, a solve and an inverse root take."""
+    if variant not in (0, 1, 2):
+        raise errors.value("lowrank_apply", "variant", "be 0, 1 or 2", variant)
+    op, first = _VARIANTS[variant], _VECTORS[variant]
+    floating(op, first, v)
+    batched(op, first, v, batch_dims)
+    k = stack(op, basis, first, v, batch_dims)
+    coefficients(op, coef, 1 + k, v, batch_dims)
+    lowrank_scalars(op, coef, k, variant != 0)
+
+
+def lowrank_vjp(grad: Any, v: Any, basis: Any, coef: Any, variant: int, batch_dims: int) -> None:
+    """What their vector–Jacobian product takes."""
+    if variant not in (0, 1, 2):
+        raise errors.value("lowrank_vjp", "variant", "be 0, 1 or 2", variant)
+    op = _VARIANTS[variant]
+    floating(op, "grad", grad)
+    batched(op, "grad", grad, batch_dims)
+    like(op, "v", v, "grad", grad)
+    k = stack(op, basis, "grad", grad, batch_dims)
+    coefficients(op, coef, 1 + k, grad, batch_dims)
+
+
+def _stack_scalars(op: str, basis: Any, coef: Any, more: int, batch_dims: int) -> int:
+    k = stack_alone(op, basis, batch_dims)
+    if k == 0:
+        raise errors.value(op, "U", "have at least one row", 0)
+    coefficients(op, coef, more + k, basis.select(batch_dims, 0), batch_dims)
+    return k
+
+
+def lowrank_logdet(basis: Any, coef: Any, check: bool, batch_dims: int) -> None:
+    """What the determinant takes."""
+    op = "lowrank_logdet"
+    k = _stack_scalars(op, basis, coef, 1, batch_dims)
+    lowrank_scalars(op, coef, k, True)
+
+
+def lowrank_logdet_vjp(basis: Any, coef: Any, batch_dims: int) -> None:
+    """What its vector–Jacobian product takes."""
+    _stack_scalars("lowrank_logdet", basis, coef, 2, batch_dims)
+
+
+def lowrank_update(v: Any, basis: Any, coef: Any, rank: int, batch_dims: int) -> None:
+    """What the update takes."""
+    op = "lowrank_update"
+    floating(op, "v", v)
+    batched(op, "v", v, batch_dims)
+    k = stack(op, basis, "v", v, batch_dims)
+    if not 0 <= rank <= MAX_RANK:
+        raise errors.value(op, "rank", f"be between 0 and {MAX_RANK}", rank)
+    coefficients(op, coef, 2 + k, v, batch_dims)
+    for row in host_values(coef):
+        for j, x in enumerate(row):
+            if not 0.0 <= x < math.inf:
+                raise errors.value(op, ("decay", "weight", "s")[min(j, 2)], "be finite and >= 0", x)

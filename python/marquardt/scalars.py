@@ -91,3 +91,41 @@ def _column(op: str, name: str, value: Scalar, batch: int, batch_dims: int) -> f
         if not isinstance(value, torch.SymFloat) and not isinstance(value, torch.SymInt):
             raise errors.kind(op, name, "be a number or a tensor", type(value).__name__)
     return float(value)
+
+
+def with_weights(
+    op: str, names: Sequence[str], numbers: Sequence[Scalar], s: Tensor | None, k: int, like: Tensor,
+    batch_dims: int,
+) -> Tensor:  # fmt: skip
+    """(numbers…, s_1 … s_k), float64: [m] on the CPU where all of it lies there, else [B, m] beside the data."""
+    if s is None and all(type(n) is float for n in numbers):
+        return of_floats((*numbers, *(1.0,) * k))  # type: ignore[arg-type]
+    head = pack(op, names, numbers, like, batch_dims)
+    batch, _ = batch_and_size(like, batch_dims)
+    if s is None:
+        weights = torch.ones(k, dtype=torch.float64, device=head.device)
+    else:
+        _check_weights(op, s, k, batch, batch_dims)
+        weights = s.to(torch.float64)
+    if head.dim() == 1 and weights.dim() == 1 and weights.device.type == "cpu":
+        return torch.cat([head, weights])
+    head = _beside(head, like, batch)
+    return torch.cat([head, _beside(weights, like, batch)], dim=1)
+
+
+def _beside(rows: Tensor, like: Tensor, batch: int) -> Tensor:
+    """[B, m] on the device of the data."""
+    device = like.device if like.device.type != "mps" else torch.device("cpu")
+    rows = rows.to(device)
+    return rows.expand(batch, -1) if rows.dim() == 1 else rows
+
+
+def _check_weights(op: str, s: Any, k: int, batch: int, batch_dims: int) -> None:
+    if not isinstance(s, Tensor):
+        raise errors.kind(op, "s", "be a tensor or None", type(s).__name__)
+    if not s.is_floating_point():
+        raise errors.kind(op, "s", "be a floating tensor", str(s.dtype).removeprefix("torch."))
+    allowed = ((k,), (batch, k)) if batch_dims else ((k,),)
+    if tuple(s.shape) not in allowed:
+        rule = f"have shape [{k}]" + (f" or [{batch}, {k}]" if batch_dims else "") + ", a number per row of U"
+        raise errors.value(op, "s", rule, list(s.shape))
