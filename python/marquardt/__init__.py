@@ -11,11 +11,13 @@ from .backends import Explanation, explain, use_backend
 from .hessian import lm_direction
 from .langevin import affine_step
 from .lowrank import lowrank_inv_sqrt, lowrank_logdet, lowrank_matvec, lowrank_solve, lowrank_update
+from .lowrank_hessian import LowRankHessian, update_damping
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "LowRankHessian",
     "__version__",
     "affine_step",
     "backends",
@@ -27,5 +29,6 @@ __all__ = [
     "lowrank_solve",
     "lowrank_update",
     "reference",
+    "update_damping",
     "use_backend",
 ]

@@ -71,9 +71,12 @@ def _folded(op: Op, call: Callable[..., Any], size: int, dims: Sequence[Any], ar
         """A stack beside vectors: [k, ...] stays shared, [V, k, ...] becomes one for each of V·B samples."""
         inner = a.dim() - (dim is not None)  # dimensions that the mapped function sees
         shared = inner == _dims(args[0], dims[0]) + 1 - batch_dims
-        if not shared or not batch_dims:
-            return a if shared and dim is None else fold(a, dim)
-        return a if dim is None else a.movedim(dim, 0).unsqueeze(1).expand(size, batch, *a.shape[:dim], *a.shape[dim + 1 :]).flatten(0, 1)
+        if not shared:
+            return fold(a, dim)
+        if dim is None or not batch_dims:
+            return a if dim is None else a.movedim(dim, 0)
+        stacks = a.movedim(dim, 0).unsqueeze(1)
+        return stacks.expand(size, batch, *stacks.shape[2:]).flatten(0, 1)
 
     def fold_one(position: int, argument: Any, a: Any, dim: Any) -> Any:
         if argument.name.startswith("coef"):

@@ -268,7 +268,9 @@ def stack(op: str, basis: Any, first: str, v: Tensor, batch_dims: int) -> int:
     if basis.device != v.device:
         raise errors.value(op, "U", f"be on the device of {first} ({v.device})", basis.device)
     if (v.dtype, basis.dtype) not in PAIRS:
-        raise errors.kind(op, "U", f"have a dtype that pairs with {first} ({name(v.dtype)})", name(basis.dtype))
+        raise errors.kind(
+            op, "U", f"have a dtype that pairs with {first} ({name(v.dtype)})", name(basis.dtype)
+        )
     return k
 
 

@@ -7,7 +7,7 @@ A `coef` is float64: [m] on the CPU, shared by the batch and read on the host, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 

@@ -156,7 +156,14 @@ def lowrank_logdet(
 
 
 def lowrank_update(
-    U: Tensor, s: Any, v: Tensor, *, decay: Any, weight: Any = 1.0, rank: int | None = None, batch_dims: int = 1
+    U: Tensor,
+    s: Any,
+    v: Tensor,
+    *,
+    decay: Any,
+    weight: Any = 1.0,
+    rank: int | None = None,
+    batch_dims: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """`marquardt.lowrank_update` as a formula."""
     k = U.shape[0] if lowrank.is_shared(U, v, batch_dims) else U.shape[batch_dims]

@@ -250,7 +250,9 @@ def update(v: Tensor, basis: Tensor, coef: Tensor, rank: int, batch_dims: int) -
     made, found = rows.new_zeros((batch, rank, size)), rows.new_zeros((batch, rank))
     if batch and size and rank:
         clean = torch.isfinite(rows).flatten(1).all(1)
-        left, sigma, right = torch.linalg.svd(torch.where(clean[:, None, None], rows, 0.0), full_matrices=False)
+        left, sigma, right = torch.linalg.svd(
+            torch.where(clean[:, None, None], rows, 0.0), full_matrices=False
+        )
         count = min(rank, sigma.shape[1])
         nu = sigma[:, :count] ** 2
         there = (nu > ZERO * nu[:, :1]) & (nu > 0)
