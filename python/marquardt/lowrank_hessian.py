@@ -131,7 +131,11 @@ class LowRankHessian(torch.nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The numbers, for `state_dict`."""
-        return {name: torch.as_tensor(getattr(self, name)) for name in ("damping", "decay", "weight")}
+        numbers = {name: getattr(self, name) for name in ("damping", "decay", "weight")}
+        return {
+            k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+            for k, v in numbers.items()
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """The numbers from a `state_dict`; a plain number stays one."""
@@ -171,8 +175,8 @@ def update_damping(
         The new damping, a tensor.
 
     >>> import torch, marquardt as mq
-    >>> mq.update_damping(3.0, torch.tensor([0.9, 0.5, 0.1]), 1.0)
-    tensor([1., 3., 6.], dtype=torch.float64)
+    >>> mq.update_damping(4.0, torch.tensor([0.9, 0.5, 0.1]), 1.0, down=0.5)
+    tensor([2., 4., 8.], dtype=torch.float64)
     """
     given = [x for x in (damping, actual, predicted) if isinstance(x, Tensor)]
     device = given[0].device if given else torch.device("cpu")
