@@ -60,8 +60,7 @@ MQ_SMALL int signed_ldl(const Team& team, int n, double* A, const double* sign) 
 template <class Team>
 MQ_SMALL void ldl_solve(const Team& team, int n, const double* A, double* X, int columns) {
   for (int i = 1; i < n; ++i)
-    for (int l = 0; l < i; ++l)
-      deal(team, columns, [&](int c) { X[i * kLd + c] -= A[i * kLd + l] * X[l * kLd + c]; });
+    for (int l = 0; l < i; ++l) deal(team, columns, [&](int c) { X[i * kLd + c] -= A[i * kLd + l] * X[l * kLd + c]; });
   for (int i = n - 1; i >= 0; --i) {
     deal(team, columns, [&](int c) { X[i * kLd + c] /= A[i * kLd + i]; });
     for (int l = i + 1; l < n; ++l)

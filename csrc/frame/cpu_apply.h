@@ -93,7 +93,7 @@ MQ_INLINE Vec<T> joined(const Vec<A>* parts) {
 template <class T, class A, int M, int U>
 void apply_block(const T* const* rows, int count, const A* c, T* const* outs, int64_t n, bool streaming) {
   constexpr int kStep = kWidth<T>, kHalves = kParts<T, A>;
-  const auto combine = [&](const T* const* from, int64_t at, auto units, Vec<T> (*result)[U]) {
+  const auto combine = [&](const T* const* from, int64_t at, auto units, Vec<T>(*result)[U]) {
     constexpr int kUnits = decltype(units)::value, kVectors = kUnits * kHalves;
     Vec<A> sum[M][kVectors], row[kVectors];
     const auto load_vectors = [&](int j) {
@@ -155,7 +155,8 @@ void apply_block(const T* const* rows, int count, const A* c, T* const* outs, in
 
 // Any number of rows and outputs, four outputs at a time over a stretch of elements that stays in the first cache.
 template <class T, class A>
-void apply_general(const T* const* rows, int count, const A* c, int outputs, T* const* outs, int64_t n, bool streaming) {
+void apply_general(const T* const* rows, int count, const A* c, int outputs, T* const* outs, int64_t n,
+                   bool streaming) {
   constexpr int64_t kStretch = 512;
   constexpr bool kWide = sizeof(A) != sizeof(T);
   const T* from[kMaxVectors];

@@ -81,33 +81,37 @@ void gram_small(const T* const* rows, int64_t n, double (*acc)[kLanes]) {
   }
 }
 
-// Where the product of two rows goes, −1 if it is not asked for.
+// Where the product of two rows goes; those of a row with neighbouring columns are neighbours.
 MQ_INLINE int entry_of(GramKind kind, int count, int row, int column) {
-  if (kind == GramKind::first) return row == 0 && column > 0 ? column - 1 : -1;
-  if (kind == GramKind::two) return row == 0 && column > 0 ? column - 1 : row == 1 && column > 1 ? count + column - 3 : -1;
-  return column <= row ? row * (row + 1) / 2 + column : -1;
+  if (kind == GramKind::full) return row * (row + 1) / 2 + column;
+  return row == 0 ? column - 1 : count + column - 3;
 }
 
 // Rows a0 … with rows b0 … over n elements, a multiple of the vector's width: NA × NB sums in registers.
 template <class A, int NA, int NB, bool Diagonal>
 void gram_tile(const A* const* rows, int count, GramKind kind, int a0, int b0, int64_t n, double (*acc)[kLanes]) {
-  Vec<A> sum[NA][NB] = {};
+  Vec<A> sum[NA][NB];
+#pragma GCC unroll 4
+  for (int p = 0; p < NA; ++p)
+#pragma GCC unroll 9
+    for (int q = 0; q < NB; ++q) sum[p][q] = Vec<A>{};
   for (int64_t i = 0; i < n; i += kWidth<A>) {
     Vec<A> b[NB];
-#pragma GCC unroll 4
+#pragma GCC unroll 9
     for (int q = 0; q < NB; ++q) b[q] = load<A>(rows[b0 + q] + i);
 #pragma GCC unroll 4
     for (int p = 0; p < NA; ++p) {
       const Vec<A> a = Diagonal ? b[p] : load<A>(rows[a0 + p] + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 9
       for (int q = 0; q < (Diagonal ? p + 1 : NB); ++q) sum[p][q] = fma(a, b[q], sum[p][q]);
     }
   }
-  for (int p = 0; p < NA; ++p)
-    for (int q = 0; q < NB; ++q) {
-      const int entry = entry_of(kind, count, a0 + p, b0 + q);
-      if (entry >= 0 && !(Diagonal && q > p)) add_lanes(sum[p][q], acc[entry]);
-    }
+#pragma GCC unroll 4
+  for (int p = 0; p < NA; ++p) {
+    double (*to)[kLanes] = acc + entry_of(kind, count, a0 + p, b0);
+#pragma GCC unroll 9
+    for (int q = 0; q < (Diagonal ? p + 1 : NB); ++q) add_lanes(sum[p][q], to[q]);
+  }
 }
 
 template <class A, int NA>
@@ -117,7 +121,16 @@ void gram_columns(const A* const* rows, int count, GramKind kind, int a0, int b0
     case 1: return gram_tile<A, NA, 1, false>(rows, count, kind, a0, b0, n, acc);
     case 2: return gram_tile<A, NA, 2, false>(rows, count, kind, a0, b0, n, acc);
     case 3: return gram_tile<A, NA, 3, false>(rows, count, kind, a0, b0, n, acc);
-    default: return gram_tile<A, NA, 4, false>(rows, count, kind, a0, b0, n, acc);
+    case 4: return gram_tile<A, NA, 4, false>(rows, count, kind, a0, b0, n, acc);
+    default: break;
+  }
+  if constexpr (NA == 1) {
+    switch (nb) {
+      case 5: return gram_tile<A, 1, 5, false>(rows, count, kind, a0, b0, n, acc);
+      case 6: return gram_tile<A, 1, 6, false>(rows, count, kind, a0, b0, n, acc);
+      case 7: return gram_tile<A, 1, 7, false>(rows, count, kind, a0, b0, n, acc);
+      default: return gram_tile<A, 1, 8, false>(rows, count, kind, a0, b0, n, acc);
+    }
   }
 }
 
@@ -127,27 +140,34 @@ void gram_tiles(const A* const* rows, int count, GramKind kind, int64_t n, doubl
   const auto at_most_4 = [](int left) { return left < 4 ? left : 4; };
   if (kind != GramKind::full) {  // row 0, or rows 0 and 1, with those behind
     if (kind == GramKind::two) gram_columns<A, 1>(rows, count, kind, 0, 1, 1, n, acc);
-    for (int b = kind == GramKind::two ? 2 : 1; b < count; b += 4) {
-      if (kind == GramKind::two) {
-        gram_columns<A, 2>(rows, count, kind, 0, b, at_most_4(count - b), n, acc);
-      } else {
-        gram_columns<A, 1>(rows, count, kind, 0, b, at_most_4(count - b), n, acc);
-      }
+    if (kind == GramKind::two) {
+      for (int b = 2; b < count; b += 4) gram_columns<A, 2>(rows, count, kind, 0, b, at_most_4(count - b), n, acc);
+    } else {
+      for (int b = 1; b < count; b += 8)
+        gram_columns<A, 1>(rows, count, kind, 0, b, count - b < 8 ? count - b : 8, n, acc);
     }
     return;
   }
   for (int a = 0; a < count; a += 4) {
     const int na = at_most_4(count - a);
+    if (na == 1) {  // a lone row wants more sums than four at a time, or it waits for each fma
+      for (int b = 0; b <= a; b += 8) {
+        if (a - b == 8) {
+          gram_tile<A, 1, 9, false>(rows, count, kind, a, b, n, acc);
+          return;
+        }
+        gram_columns<A, 1>(rows, count, kind, a, b, a + 1 - b, n, acc);
+      }
+      return;
+    }
     for (int b = 0; b < a; b += 4) {
       switch (na) {
-        case 1: gram_columns<A, 1>(rows, count, kind, a, b, 4, n, acc); break;
         case 2: gram_columns<A, 2>(rows, count, kind, a, b, 4, n, acc); break;
         case 3: gram_columns<A, 3>(rows, count, kind, a, b, 4, n, acc); break;
         default: gram_columns<A, 4>(rows, count, kind, a, b, 4, n, acc);
       }
     }
     switch (na) {
-      case 1: gram_tile<A, 1, 1, true>(rows, count, kind, a, a, n, acc); break;
       case 2: gram_tile<A, 2, 2, true>(rows, count, kind, a, a, n, acc); break;
       case 3: gram_tile<A, 3, 3, true>(rows, count, kind, a, a, n, acc); break;
       default: gram_tile<A, 4, 4, true>(rows, count, kind, a, a, n, acc);
@@ -176,7 +196,11 @@ void gram_many(const T* const* rows, int count, GramKind kind, int64_t n, double
         at[j] = block[j];
         for (int64_t i = 0; i < whole; i += kStep) store(block[j] + i, load_row<A>(rows[j] + begin + i));
         if (whole < m)
-          for (int64_t i = whole; i < whole + kStep; ++i) block[j][i] = i < m ? static_cast<A>(rows[j][begin + i]) : A(0);
+          for (int64_t i = whole; i < whole + kStep; ++i)
+            block[j][i] = i < m ? static_cast<A>(rows[j][begin + i]) : A(0);
+        // The next block travels while this one is multiplied.
+        for (int64_t i = kBlock; i < 2 * kBlock; i += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(rows[j] + begin + i);
       }
       gram_tiles<A>(at, count, kind, (m + kStep - 1) / kStep * kStep, acc);
     }

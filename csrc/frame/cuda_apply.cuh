@@ -63,14 +63,14 @@ MQ_DEVICE inline void store_slot(const Output& o, int64_t sample, int64_t first,
   }
 }
 
-// Outputs i … i + M − 1 of one slot.
-template <FrameAccess A, bool G, int M>
-MQ_DEVICE inline void combine(const Rows<A, G>& rows, const Share& share, uint32_t used,
-                              const typename Access<A>::C* matrix, int i, int64_t first) {
+// Outputs i … i + M − 1 of one slot, summed in S; `matrix` has rows of `stride` numbers.
+template <FrameAccess A, bool G, int M, class S>
+MQ_DEVICE inline void combine(const Rows<A, G>& rows, const Share& share, uint32_t used, const S* matrix, int stride,
+                              int i, int64_t first) {
   using C = typename Access<A>::C;
   constexpr int W = Access<A>::W, P = Access<A>::planes;
   const FrameCall& call = rows.a.call;
-  C sum[M][P * W] = {};
+  S sum[M][P * W] = {};
   bool begun = false;
   MQ_UNROLL(2)
   for (int j = 0; j < call.rows; ++j) {
@@ -79,15 +79,39 @@ MQ_DEVICE inline void combine(const Rows<A, G>& rows, const Share& share, uint32
       C x[W];
       rows.quad(j, p, static_cast<int>(threadIdx.x), x);
       for (int m = 0; m < M; ++m) {
-        const C c = matrix[(i + m) * call.rows + j];
-        for (int w = 0; w < W; ++w) sum[m][p * W + w] = begun ? fused(c, x[w], sum[m][p * W + w]) : c * x[w];
+        const S c = matrix[(i + m) * stride + j];
+        for (int w = 0; w < W; ++w) {
+          const S value = static_cast<S>(x[w]);
+          sum[m][p * W + w] = begun ? fused(c, value, sum[m][p * W + w]) : c * value;
+        }
       }
     }
     begun = true;
   }
   const int64_t left = share.end - first;
   const int valid = left >= Access<A>::V ? Access<A>::V : left > 0 ? static_cast<int>(left) : 0;
-  for (int m = 0; m < M; ++m) store_slot<A>(call.output[i + m], share.sample, first, valid, sum[m]);
+  for (int m = 0; m < M; ++m) {
+    C out[P * W];
+    for (int w = 0; w < P * W; ++w) out[w] = static_cast<C>(sum[m][w]);
+    store_slot<A>(call.output[i + m], share.sample, first, valid, out);
+  }
+}
+
+// All outputs of one slot, M at a time where none of them is zero.
+template <FrameAccess A, bool G, int M, class S>
+MQ_DEVICE inline void combine_all(const Rows<A, G>& rows, const Share& share, const FrameMap& map, const S* matrix,
+                                  int stride, int64_t first) {
+  MQ_UNROLL(1)
+  for (int i = 0; i < rows.a.call.outputs;) {
+    const uint32_t group = map.zero >> i & ((1u << M) - 1u);
+    if (group == 0u && i + M <= rows.a.call.outputs) {
+      combine<A, G, M>(rows, share, map.used, matrix, stride, i, first);
+      i += M;
+    } else {
+      combine<A, G, 1>(rows, share, group & 1u ? 0u : map.used, matrix, stride, i, first);
+      ++i;
+    }
+  }
 }
 
 // All outputs over the walk, with the map of the sample. walk.start() was called.
@@ -97,23 +121,15 @@ MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, cons
   constexpr int M = G ? 4 : 2;
   const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
   const auto* matrix = reinterpret_cast<const C*>(shared + a.layout.matrix_at);
-  const uint32_t used = map.used, zero = map.zero;
   walk.each([&](int64_t first, const unsigned char* stage) {
     if constexpr (G) {
       if (a.layout.staged) make_rows<A>(a, share, first, stage, shared);
     }
     const Rows<A, G> rows{a, stage, shared + a.layout.rows_at};
-    MQ_UNROLL(1)
-    for (int i = 0; i < a.call.outputs;) {
-      const uint32_t group = zero >> i & ((1u << M) - 1u);
-      if (group == 0u && i + M <= a.call.outputs) {
-        combine<A, G, M>(rows, share, used, matrix, i, first);
-        i += M;
-      } else {
-        combine<A, G, 1>(rows, share, group & 1u ? 0u : used, matrix, i, first);
-        ++i;
-      }
+    if constexpr (G && sizeof(C) == 4) {
+      if (map.wide) return combine_all<A, G, M>(rows, share, map, &map.c[0][0], kMaxVectors, first);
     }
+    combine_all<A, G, M>(rows, share, map, matrix, a.call.rows, first);
   });
 }
 

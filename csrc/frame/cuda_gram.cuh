@@ -72,9 +72,9 @@ struct GramBlock {
   int rows, columns;  // the first of each
 };
 
-// Blocks of the lower triangle row by row; with `first` row 0 against 1 + 4·block …
+// Blocks of the lower triangle row by row; else row 0, or rows 0 and 1, against 1 + 4·block …
 MQ_DEVICE inline GramBlock block_at(GramKind kind, int block) {
-  if (kind == GramKind::first) return {0, 1 + kBlockRows * block};
+  if (kind != GramKind::full) return {0, 1 + kBlockRows * block};
   int row = 0;
   while ((row + 1) * (row + 2) / 2 <= block) ++row;
   return {kBlockRows * row, kBlockRows * (block - row * (row + 1) / 2)};
@@ -111,12 +111,13 @@ MQ_DEVICE inline void gram_blocks(const FrameArguments<true>& a, const Share& sh
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
   const int at_once = a.layout.blocks < warps ? a.layout.blocks : warps, shares = warps / at_once;
-  const bool is_first = call.gram == GramKind::first;
+  const bool is_full = call.gram == GramKind::full;
+  const int heads = call.gram == GramKind::two ? 2 : 1;
 
   for (int base = 0; base < a.layout.blocks; base += at_once) {
     const int mine = warp % at_once, part = warp / at_once;
     const GramBlock at = block_at(call.gram, base + mine);
-    const int height = is_first ? 1 : call.rows - at.rows < kBlockRows ? call.rows - at.rows : kBlockRows;
+    const int height = !is_full ? heads : call.rows - at.rows < kBlockRows ? call.rows - at.rows : kBlockRows;
     const bool busy = base + mine < a.layout.blocks && part < shares;
     double sum[kBlockRows][kBlockRows] = {};
     if (base > 0) walk.start();
@@ -140,11 +141,11 @@ MQ_DEVICE inline void gram_blocks(const FrameArguments<true>& a, const Share& sh
       if (block >= a.layout.blocks) continue;
       const GramBlock of = block_at(call.gram, block);
       const int row = of.rows + e % kBlockEntries / kBlockRows, column = of.columns + e % kBlockRows;
-      if (is_first ? row > 0 || column >= call.rows : row >= call.rows || column > row) continue;
+      if (is_full ? row >= call.rows || column > row : row >= heads || column <= row || column >= call.rows) continue;
       double total = 0.0;
       for (int s = 0; s < shares; ++s)
         total += parts[(s * at_once + e / kBlockEntries) * kBlockEntries + e % kBlockEntries];
-      own[is_first ? column - 1 : row * (row + 1) / 2 + column] = total;
+      own[is_full ? row * (row + 1) / 2 + column : row == 0 ? column - 1 : call.rows + column - 3] = total;
     }
     __syncthreads();
   }
@@ -157,7 +158,7 @@ MQ_DEVICE inline void gram(const FrameArguments<G>& a, const Share& share, uint3
   const int count = wanted == 1u ? 1 : a.call.rows;
   if (a.layout.entries == 0) return;
   if constexpr (G) {
-    if (a.layout.blocks > 1) return gram_blocks<A>(a, share, walk, shared);
+    if (a.layout.blocks > 1 || a.call.gram == GramKind::two) return gram_blocks<A>(a, share, walk, shared);
   }
   if (a.call.gram == GramKind::first) {
     switch (count) {

@@ -32,6 +32,23 @@ MQ_DEVICE inline void load_prologue(const FrameArguments<G>& a, int64_t sample, 
   }
 }
 
+// The first warp of a CTA as a team (core/small.h).
+struct FirstWarp {
+  MQ_HOST_DEVICE static int lane() {
+#if defined(__CUDA_ARCH__) || defined(MARQUARDT_EMULATION)
+    return static_cast<int>(threadIdx.x) % 32;
+#else
+    return 0;
+#endif
+  }
+  MQ_HOST_DEVICE static constexpr int lanes() { return 32; }
+  MQ_HOST_DEVICE static void sync() {
+#if defined(__CUDA_ARCH__) || defined(MARQUARDT_EMULATION)
+    __syncwarp();
+#endif
+  }
+};
+
 // The scalar stage: one warp, a few numbers. The Gram lies at gram_at; scalars are returned once per sample.
 template <FrameAccess A, bool G>
 MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, const double* p, unsigned char* shared) {
@@ -39,14 +56,20 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
   const FrameCall& call = a.call;
   auto& map = *reinterpret_cast<FrameMap*>(shared + a.layout.map_at);
   const auto* total = reinterpret_cast<const double*>(shared + a.layout.gram_at);
-  if (threadIdx.x < 32) {
+  double* returned =
+      call.scalars != nullptr && share.split == 0 ? call.scalars + share.sample * call.scalar_stride : nullptr;
+  if (G && is_lowrank(call.op)) {
+    if (threadIdx.x < 32) {
+      if (threadIdx.x == 0) begin_lowrank(call, map);
+      __syncwarp();
+      lowrank_map(FirstWarp{}, call, total, p, map, returned,
+                  *reinterpret_cast<LowRankWork*>(shared + a.layout.work_at));
+    }
+  } else if (threadIdx.x < 32) {
     const int parts = map_parts(call, p);
     if (static_cast<int>(threadIdx.x) < parts) map_part(call, total, p, static_cast<int>(threadIdx.x), map);
     __syncwarp();
-    if (threadIdx.x == 0) {
-      const bool returns = call.scalars != nullptr && share.split == 0;
-      finish_map(call, total, p, map, returns ? call.scalars + share.sample * call.scalar_stride : nullptr);
-    }
+    if (threadIdx.x == 0) finish_map(call, total, p, map, returned);
   }
   __syncthreads();
   auto* matrix = reinterpret_cast<C*>(shared + a.layout.matrix_at);

@@ -1,6 +1,6 @@
 // Where the parts of a CTA's shared memory lie. Plain C++, made on the host and read by the kernels.
 //
-//   map | matrix C | Gram | own part of it | parts of the cluster | parts by warp | prologue | rows of one tile | stages of vectors
+//   map | matrix C | work of a low-rank map | Gram | own part of it | parts of the cluster | parts by warp | prologue | rows of one tile | stages of vectors
 //
 // A tile is threads · V elements of a sample; a thread owns one slot of V elements of every vector. Values of the
 // compute type are kept in planes of 16 bytes per thread, so that no two threads of a warp meet in a bank.
@@ -38,17 +38,16 @@ struct FrameLayout {
   int row_bytes;  // of a row of one tile
   int entries;    // of the Gram
   int blocks;     // 4 × 4 blocks that cover them; one warp takes one at a time
-  int map_at, matrix_at, gram_at, own_at, gathered_at, parts_at, prologue_at, rows_at, stages_at;
+  int map_at, matrix_at, work_at, gram_at, own_at, gathered_at, parts_at, prologue_at, rows_at, stages_at;
 };
 
 inline int gram_entries(const FrameCall& call) {
-  if (call.gram == GramKind::none) return 0;
-  return call.gram == GramKind::first ? call.rows - 1 : call.rows * (call.rows + 1) / 2;
+  return entries_of(call.gram, call.rows);
 }
 
 inline int gram_blocks(const FrameCall& call) {
   if (call.gram == GramKind::none) return 0;
-  if (call.gram == GramKind::first) return (call.rows - 1 + kBlockRows - 1) / kBlockRows;
+  if (call.gram != GramKind::full) return (call.rows - 1 + kBlockRows - 1) / kBlockRows;
   const int side = (call.rows + kBlockRows - 1) / kBlockRows;
   return side * (side + 1) / 2;
 }
@@ -75,6 +74,7 @@ inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int thre
   };
   l.map_at = place(sizeof(FrameMap));
   l.matrix_at = place(static_cast<int64_t>(call.outputs) * call.rows * wide);
+  l.work_at = place(is_lowrank(call.op) ? static_cast<int64_t>(sizeof(LowRankWork)) : 0);
   l.gram_at = place(8 * l.entries);
   l.own_at = place(8 * l.entries);
   l.gathered_at = place(cluster == 1 ? 0 : 8 * l.entries * cluster);

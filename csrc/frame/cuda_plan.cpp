@@ -42,7 +42,7 @@ FrameAccess access_of(const FrameCall& call, bool general) {
 
 bool is_general(const FrameCall& call) {
   return call.ones || call.prologue != nullptr || call.clamp != nullptr || call.op == FrameOp::given ||
-         gram_blocks(call) > 1;
+         is_lowrank(call.op) || gram_blocks(call) > 1;
 }
 
 bool any_gram(const FrameCall& call) {

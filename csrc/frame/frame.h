@@ -42,7 +42,7 @@ enum class FrameOp : int {
 
 enum class GramKind : uint8_t {
   none,
-  full,  // every pair of rows, packed: (i, j ≤ i) at i(i+1)/2 + j
+  full,   // every pair of rows, packed: (i, j ≤ i) at i(i+1)/2 + j
   first,  // row 0 with each of the others: (0, j) at j − 1
   two     // the same, then row 1 with each of those behind it: (1, j) at k − 1 + j − 2
 };

@@ -66,7 +66,8 @@ std::tuple<Tensor, Tensor> apply(const Tensor& v, const Tensor& basis, const Ten
   launcher.output(launcher.state().dtype);
   Tensor info = launcher.scalars(1);
   Tensor out = launcher.run_one();
-  if (check && variant != kMatvec && launcher.state().on_cpu() && launcher.call.size > 0) check_definite(op, info, 1, 0);
+  if (check && variant != kMatvec && launcher.state().on_cpu() && launcher.call.size > 0)
+    check_definite(op, info, 1, 0);
   return {std::move(out), std::move(info)};
 }
 

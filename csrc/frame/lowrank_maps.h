@@ -340,8 +340,8 @@ MQ_SMALL void solve_vjp(const Team& team, const FrameCall& call, const double* g
 //   α_j = ½ Σ_i h(μ_i, λ) ρ_ij a_i,  β_j = ½ Σ_i h(μ_i, λ) ρ_ij b_i,  ρ_ij = ⟨q_i, u_j⟩, a = ⟨q, grad⟩, b = ⟨q, v⟩.
 // d u_j = 2 s_j P u_j, d s_j = ⟨u_j, P u_j⟩ = Σ_i ρ_ij F_ij, d λ = tr P.
 template <class Team>
-MQ_SMALL void inv_sqrt_vjp(const Team& team, const FrameCall& call, const double* gram, const double* p,
-                               FrameMap& map, double* scalars, LowRankWork& w) {
+MQ_SMALL void inv_sqrt_vjp(const Team& team, const FrameCall& call, const double* gram, const double* p, FrameMap& map,
+                           double* scalars, LowRankWork& w) {
   const int k = call.rows - 2;
   const double lambda = p[0], root = std::sqrt(lambda);
   const int r = lambda > 0.0 ? spectrum(team, k, 2, gram, lambda, p + 1, w) : -2;
@@ -417,8 +417,8 @@ MQ_SMALL void inv_sqrt_vjp(const Team& team, const FrameCall& call, const double
 
 // log det H = (D − k) log λ + Σ log |d_i| from the pivots.
 template <class Team>
-MQ_SMALL void logdet_value(const Team& team, const FrameCall& call, const double* gram, const double* p, double* scalars,
-                           LowRankWork& w) {
+MQ_SMALL void logdet_value(const Team& team, const FrameCall& call, const double* gram, const double* p,
+                           double* scalars, LowRankWork& w) {
   const int k = call.rows;
   int info = p[0] > 0.0 ? factorise(team, k, 0, gram, p[0], p + 1, w) : -1;
   deal(team, k, [&](int i) { w.x[i] = std::log(std::fabs(w.A[i * kLd + i]) / p[0]); });
@@ -443,9 +443,8 @@ MQ_SMALL void logdet_vjp(const Team& team, const FrameCall& call, const double* 
   }
   deal(team, k * k, [&](int e) { w.B[e / k * kLd + e % k] = e / k == e % k ? 1.0 : 0.0; });
   // T G, to be solved with too: H⁻¹ u_j = (u_j − U T K T G e_j)/λ
-  deal(team, k * k, [&](int e) {
-    w.R[e / k * kLd + e % k] = w.t[e / k] * gram_at(gram, w.order[e / k], w.order[e % k]);
-  });
+  deal(team, k * k,
+       [&](int e) { w.R[e / k * kLd + e % k] = w.t[e / k] * gram_at(gram, w.order[e / k], w.order[e % k]); });
   team.sync();
   ldl_solve(team, k, w.A, w.B, k);
   deal(team, k * k, [&](int e) { w.Z[e / k * kLd + e % k] = w.R[e / k * kLd + e % k]; });
@@ -456,8 +455,7 @@ MQ_SMALL void logdet_vjp(const Team& team, const FrameCall& call, const double* 
     for (int i = 0; i < k; ++i) c[w.order[i]] = 2.0 * grad * w.t[j] * w.t[i] * w.B[i * kLd + j];
     double taken = 0.0;
     for (int i = 0; i < k; ++i) taken += w.R[i * kLd + j] * w.Z[i * kLd + j];
-    if (scalars != nullptr)
-      scalars[1 + w.order[j]] = grad * (gram_at(gram, w.order[j], w.order[j]) - taken) / lambda;
+    if (scalars != nullptr) scalars[1 + w.order[j]] = grad * (gram_at(gram, w.order[j], w.order[j]) - taken) / lambda;
   });
   if (team.lane() == 0) {
     map.wide = true;
@@ -477,9 +475,7 @@ MQ_SMALL void update_map(const Team& team, const FrameCall& call, const double* 
   const double decay = p[0], weight = p[1];
   deal(team, n, [&](int j) { w.t[j] = std::sqrt(j == 0 ? weight : decay * p[1 + j]); });
   team.sync();
-  deal(team, n * n, [&](int e) {
-    w.A[e / n * kLd + e % n] = w.t[e / n] * gram_at(gram, e / n, e % n) * w.t[e % n];
-  });
+  deal(team, n * n, [&](int e) { w.A[e / n * kLd + e % n] = w.t[e / n] * gram_at(gram, e / n, e % n) * w.t[e % n]; });
   team.sync();
   const int r = pivoted_cholesky(team, n, w.A, 1e-15, w.Z, w.piv);
   if (r < 0) {
