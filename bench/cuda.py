@@ -84,6 +84,8 @@ def event_seconds(calls: Sequence[Call], repeats: int) -> float:
 
 
 def replay_seconds(calls: Sequence[Call], repeats: int) -> float:
-    """The same for graphs: seconds of `repeats` calls, measured over as many replays."""
+    """The same for graphs: seconds of `repeats` calls, from as many replays as hold them."""
     (replay,) = calls
-    return event_seconds(calls, repeats) / getattr(replay, "count", 1)
+    count = getattr(replay, "count", 1)
+    replays = math.ceil(repeats / count)
+    return event_seconds(calls, replays) * repeats / (replays * count)

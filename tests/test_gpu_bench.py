@@ -36,6 +36,18 @@ def test_a_graph_walks_over_every_set_in_rounds() -> None:
     assert len(cuda.walk([len] * 800)) == 800
 
 
+def test_a_replay_counts_as_the_calls_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def event_seconds(calls: Sequence[Any], repeats: int) -> float:
+        asked.append(repeats)
+        return 5.0 * repeats * calls[0].count
+
+    monkeypatch.setattr(cuda, "event_seconds", event_seconds)
+    replay = FakeReplay([lambda: None] * 40)
+    assert cuda.replay_seconds([replay], 100) == pytest.approx(500) and asked == [3]
+
+
 class FakeReplay:
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         self.calls, self.count = cuda.walk(calls), len(cuda.walk(calls))

@@ -275,6 +275,23 @@ def test_outcomes_are_recorded_as_they_come(context: runner.Context, tmp_path: p
     assert recorder.summary(tmp_path / "nothing")["passed"] == 0
 
 
+def test_a_suite_goes_on_behind_a_test_that_ends_its_process(
+    context: runner.Context, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test_deadly.py").write_text(
+        "import os\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), 11)\ndef test_c(): pass\n"
+    )
+    traced: list[str] = []
+    monkeypatch.setitem(parts.SUITES, "cuda", (("test_deadly.py",), "", 1))
+    monkeypatch.setattr(parts, "backtrace", lambda context, test, record: traced.append(test))
+    context.environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ran = parts.run_suite(context, "cuda", 0)
+    found = parts.suite_result(context, "cuda", [ran])
+    counts = {name: found[name] for name in ("exit", "collected", "passed", "error")}
+    assert counts == {"exit": -11, "collected": 3, "passed": 2, "error": 1}
+    assert traced == ["test_deadly.py::test_b"] and "signal 11" in found["failures"][0]["why"]
+
+
 @pytest.mark.parametrize(("passed", "code", "well"), [(5, 0, True), (0, 0, False), (5, 1, False)])
 def test_tests_are_well_if_some_ran_and_none_failed(
     passed: int, code: int, well: bool, context: runner.Context, monkeypatch: pytest.MonkeyPatch

@@ -122,10 +122,10 @@ def build_library(context: Context) -> Result:
 # name -> (files, -k expression, processes); a test's id holds its target, "cuda-cuda" or "cuda-triton".
 SUITES = {
     "cuda": (("tests/test_cuda.py",), "", 1),
-    "hessian-cuda": (("tests/test_hessian.py",), "cuda-cuda", 4),
+    "hessian-cuda": (("tests/test_hessian.py",), "cuda-cuda", 3),
     "hessian-triton": (("tests/test_hessian.py",), "cuda-triton", 4),
-    "langevin-cuda": (("tests/test_langevin.py",), "cuda-cuda", 3),
-    "langevin-triton": (("tests/test_langevin.py",), "cuda-triton", 3),
+    "langevin-cuda": (("tests/test_langevin.py",), "cuda-cuda", 2),
+    "langevin-triton": (("tests/test_langevin.py",), "cuda-triton", 6),
 }
 WITHOUT_BUILD = tuple(name for name in SUITES if name.endswith("-triton"))
 
@@ -141,18 +141,43 @@ def run_suite(context: Context, name: str, shard: int) -> Ran | None:
     if not there:
         return None
     record = record_of(context, name, shard)
-    record.unlink(missing_ok=True)
+    for old in (record, record.with_suffix(".stack")):
+        old.unlink(missing_ok=True)
     words = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "bench.gpu_kit.recorder", "-p", "no:cacheprovider"]
     words += ["-m", "not full", *(["-k", chosen] if chosen else []), *there]
     threads = max(1, len(os.sched_getaffinity(0)) // sum(suite[2] for suite in SUITES.values()))
-    return context.python(
-        *words,
-        MARQUARDT_TEST_DEVICE="cuda",
-        MARQUARDT_RECORD=str(record),
-        MARQUARDT_SHARD=f"{shard}/{shards}",
-        OMP_NUM_THREADS=str(threads),
-        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",  # others' plugins
-    )
+    environment = {
+        "MARQUARDT_TEST_DEVICE": "cuda",
+        "MARQUARDT_RECORD": str(record),
+        "MARQUARDT_SHARD": f"{shard}/{shards}",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # others' plugins
+    }
+    worst = ran = context.python(*words, **environment)
+    for death in range(MOST_DEATHS):
+        if ran.code >= 0 or ran.late:
+            break
+        worst = ran
+        fatal = ran.output.find("Fatal Python error")
+        name = recorder.died(record, f"signal {-ran.code}\n{ran.output[max(fatal, 0) :]}")
+        if death == 0 and "::" in name:
+            backtrace(context, name, record)
+        ran = context.python(*words, **environment)
+    return worst if ran.good else ran
+
+
+MOST_DEATHS = 10  # of a suite's process; each costs a start
+
+
+def backtrace(context: Context, test: str, record: pathlib.Path) -> None:
+    """The stack of a test that ends its process, into the log and beside the record."""
+    debugger = shutil.which("cuda-gdb") or shutil.which("gdb")
+    if debugger is None:
+        return
+    words = [debugger, "--batch", "-ex", "run", "-ex", "bt 30", "-ex", "info sharedlibrary", "--args"]
+    words += [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", test]
+    ran = context.run(*words, timeout=45, MARQUARDT_TEST_DEVICE="cuda", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    record.with_suffix(".stack").write_text(ran.output[-20000:])
 
 
 def suite_result(context: Context, name: str, ran: Sequence[Ran | None]) -> dict[str, Any]:
@@ -161,11 +186,15 @@ def suite_result(context: Context, name: str, ran: Sequence[Ran | None]) -> dict
         return {"absent": True}
     summary = recorder.summary(*(record_of(context, name, k) for k in range(len(ran))))
     worst = next((one for one in there if not one.good), there[0])
+    stacks = [
+        s for k in range(len(ran)) if (s := record_of(context, name, k).with_suffix(".stack")).is_file()
+    ]
     return {
         "exit": worst.code,
         "late": any(one.late for one in there),
         "seconds": round(max(one.seconds for one in there), 1),
         **summary,
+        **({"stack": stacks[0].read_text()[:6000]} if stacks else {}),
         **({"tail": worst.tail} if not worst.good and not summary["failures"] else {}),
     }
 
@@ -213,7 +242,7 @@ FOUND_BY_SANITIZER = 9
 
 def sanitize(context: Context, tool: str) -> dict[str, Any]:
     """One tool over the small shapes; over every kernel where this release does not know the filter."""
-    program = ["-m", "bench.gpu_kit.shapes"]
+    program = ["-m", "bench.gpu_kit.shapes", *(["--few"] if tool == "racecheck" else [])]  # it is the slowest
     options = ["--tool", tool, "--error-exitcode", FOUND_BY_SANITIZER]
     filtered = True
     ran = watched(context, ["compute-sanitizer", *options, "--kernel-regex", f"kns={OURS}"], program)
