@@ -38,6 +38,11 @@ def register() -> None:
     define()
 
 
+# What torch.compiler.assume_constant_result sets, which would import Dynamo: tracing calls `register` as it is, and does
+# not look into the definition of the operators.
+register._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def traced(name: str) -> Any:
     """The operator `marquardt_triton::<name>` for a traced program; defines the operators if they are not yet."""
     import torch

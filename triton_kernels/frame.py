@@ -149,6 +149,7 @@ def _copy(eps: Tensor, layout: Layout) -> Tensor:
     return torch.empty_strided(layout.shape, layout.outer, dtype=eps.dtype, device=eps.device).copy_(eps)
 
 
+@launch.entry
 def lm_direction(eps: Tensor, prev: Tensor | None, coef: Tensor, mode: int, batch_dims: int) -> Tensor:
     """LM direction per sample; mode 0 KEEP_NORM (λ, κ), 1 PLAIN (λ, κ), 2 EXTRAPOLATE (γ,)."""
     launch.check_device("lm_direction", [eps])
@@ -166,6 +167,7 @@ def lm_direction(eps: Tensor, prev: Tensor | None, coef: Tensor, mode: int, batc
     return layout.finish(out)
 
 
+@launch.entry
 def lm_direction_backward(
     grad: Tensor, eps: Tensor, prev: Tensor, coef: Tensor, mode: int, batch_dims: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +181,7 @@ def lm_direction_backward(
     return layout.finish(d_eps), layout.finish(d_prev), d_coef
 
 
+@launch.entry
 def lm_direction_jvp(
     eps: Tensor,
     prev: Tensor,
@@ -203,6 +206,7 @@ def lm_direction_jvp(
     return layout.finish(out)
 
 
+@launch.entry
 def affine_step(terms: Sequence[Tensor], coef: Tensor, seed: Tensor | None, batch_dims: int) -> Tensor:
     """Σ_j c_j·term_j + c_noise·ξ(seed) in type and layout of the first term; c_noise is coef's last column."""
     launch.check_device("affine_step", terms)
@@ -231,6 +235,7 @@ def _affine(
     _apply(layout, config, streams, outputs, Scalars.of(coef, streams[0].device), seed)
 
 
+@launch.entry
 def affine_step_backward(
     grad: Tensor,
     terms: Sequence[Tensor],

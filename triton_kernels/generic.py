@@ -156,13 +156,13 @@ def matrix_apply_kernel(
                 line = prologue + sample * prologue_row + i * N
                 x = tl.load(line).to(CTYPE) * vectors[0]
                 for j in tl.static_range(1, N):
-                    x += tl.load(line + j).to(CTYPE) * vectors[j]
+                    x = tl.fma(tl.load(line + j).to(CTYPE), vectors[j], x)
             rows = rows + (clamped(x, clamp, i, mask, True),)
         for o in tl.static_range(len(outputs)):
             line = matrix + sample * matrix_row + o * K
             value = tl.load(line).to(CTYPE) * rows[0]
             for i in tl.static_range(1, K):
-                value += tl.load(line + i).to(CTYPE) * rows[i]
+                value = tl.fma(tl.load(line + i).to(CTYPE), rows[i], value)
             store(outputs[o] + sample * size + start + lane, value, mask, EMULATED)
 
 

@@ -191,7 +191,8 @@ def apply_kernel(
                 value = tl.where(C[o * ROWS] != 0, value, 0.0)
             for i in tl.static_range(1, ROWS):
                 c = C[o * ROWS + i]
-                more = value + c.to(CTYPE) * rows[i]
+                # Fused by name: the compiler's own choice differs between kernels of one size and another.
+                more = tl.fma(c.to(CTYPE), rows[i], value)
                 value = tl.where(c != 0, more, value) if SKIP else more
             store(targets[o] + start + lane, value, mask, EMULATED)
 

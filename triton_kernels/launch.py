@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,30 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cuda":
         return torch.cuda.device(device)
     return contextlib.nullcontext()
+
+
+def entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An entry point for tensors as a caller of torch.func may hold them.
+
+    A kernel asks for a tensor's memory, past torch's dispatcher. Wrappers of transforms that have ended are taken off
+    here; a tensor of `torch.autograd.grad(is_grads_batched=True)` has no memory, and is refused in torch's words.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if not isinstance(value, Tensor):
+            return value
+        value = torch._C._functorch.unwrap_if_dead(value)
+        if torch._C._functorch.is_legacy_batchedtensor(value):
+            raise RuntimeError(f"Batching rule not implemented for the Triton kernel of {function.__name__}")
+        return value
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        return function(*map(plain, arguments), **{k: plain(v) for k, v in keywords.items()})
+
+    return run
 
 
 def check_device(op: str, tensors: Sequence[Tensor]) -> None:
