@@ -522,6 +522,7 @@ class Machine:
         monkeypatch.setattr(build, "find_tools", lambda arch: build.Tools("g++", "nvcc", ROOT, arch))
         monkeypatch.setattr(build.native, "find_cmake", lambda: cmake)
         monkeypatch.setattr(build.native, "find_ninja", lambda: "ninja")
+        monkeypatch.setattr(build, "shared_runtime", lambda context, tools: "")
         monkeypatch.setattr(build, "write_config", lambda *a: None)
         monkeypatch.setattr(build.shutil, "copy2", lambda *a: None)
         monkeypatch.setattr(build.os, "replace", lambda *a: None)

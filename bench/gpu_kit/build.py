@@ -144,12 +144,28 @@ def find_tools(arch: str) -> Tools:
 
 
 COMPILED = re.compile(r"^(FAILED: |ninja: )", re.MULTILINE)  # Ninja's words, which come after CMake's
+# The report, the build, and whether an error of the library reaches Python.
 ASK = """
-import json
+import json, torch
+import marquardt
 from marquardt import _native, env
 print(env.report())
-print(json.dumps(_native.build_info()))
+print(json.dumps(_native.build_info()), flush=True)
+x = torch.ones(1, 4)
+try:
+    marquardt.lm_direction(x, x, damping=-1.0, kappa=0.5)
+except ValueError as error:
+    print(error)
 """
+# C++ exceptions pass from the library to torch, so both must use the same C++ runtime. Some compilers are set up to
+# link it statically, and then an error ends the process.
+SHARED_RUNTIME = "-Wl,--push-state,--no-as-needed -l:libstdc++.so.6 -l:libgcc_s.so.1 -Wl,--pop-state"
+
+
+def shared_runtime(context: Context, tools: Tools) -> str:
+    """Linker flags that bring the shared runtime in, "" where the linker does not find it."""
+    words = [tools.cxx, "-shared", *SHARED_RUNTIME.split(), "-o", context.state / "runtime.so"]
+    return SHARED_RUNTIME if context.run(*words).good else ""
 
 
 def why(ran: Ran) -> str:
@@ -171,6 +187,7 @@ def build(context: Context, arch: str, commit: str) -> tuple[bool, dict[str, Any
             MARQUARDT_CUDA="1",
             MARQUARDT_CUDA_ARCHS=f"{arch}-real",
             CUDACXX=tools.nvcc,
+            LDFLAGS=os.environ.get("LDFLAGS") or shared_runtime(context, tools),
         )
         if not made.good and not made.late and not COMPILED.search(made.output):
             context.say(f"# CMake: {why(made)}")
@@ -180,12 +197,15 @@ def build(context: Context, arch: str, commit: str) -> tuple[bool, dict[str, Any
     site = make_site(context)
     numbers: dict[str, Any] = {"how": how, "arch": arch, "site": site.name}
     asked = context.python("-c", ASK) if made.good else made
-    if not asked.good:
+    lines = asked.output.strip().splitlines()
+    infos = [k for k, line in enumerate(lines) if line.startswith("{")]
+    numbers["errors_arrive"] = bool(lines) and "must be finite" in lines[-1]
+    if not context.dry and not (made.good and infos):
         reason = "out of time" if asked.late else why(asked)
         context.say(asked.tail)
         return False, {**numbers, "reason": reason, "tail": asked.tail}
-    lines = asked.output.strip().splitlines()
-    return True, {**numbers, "build_info": lines[-1] if lines else "", "environment": lines[:-1]}
+    at = infos[0] if infos else 0
+    return True, {**numbers, "build_info": "".join(lines[at : at + 1]), "environment": lines[:at]}
 
 
 def make_site(context: Context) -> pathlib.Path:
