@@ -1,4 +1,5 @@
-// torch.ops.marquardt._stream_floor and _read_floor: bandwidth of this machine over the tensors of a benchmark.
+// torch.ops.marquardt._stream_floor, _read_floor and _arithmetic_floor: bandwidth of this machine over the tensors of a
+// benchmark, and its rate of double arithmetic.
 #include "floor/floor_kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -75,15 +76,37 @@ Tensor read_floor(const std::vector<Tensor>& inputs, int64_t repeats, int64_t pi
   return sums;
 }
 
+// Runs `steps` rounds of double fused multiply-adds on every thread; returns how many of them all threads did.
+int64_t arithmetic_floor(int64_t steps) {
+  if (steps < 1) value_error("_arithmetic_floor", "steps", "be positive", steps);
+  const int64_t threads = thread_count();
+  std::vector<int64_t> done(static_cast<size_t>(threads));
+  parallel_for(threads, true, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      double sink = 1.0;
+      const int64_t count = kernels().multiply(steps, &sink);
+      done[static_cast<size_t>(thread)] = sink == sink ? count : 0;  // so that nothing is left out
+    }
+  });
+  int64_t total = 0;
+  for (const int64_t count : done) total += count;
+  return total;
+}
+
 }  // namespace
 }  // namespace marquardt
 
 STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
   m.def("_stream_floor(Tensor[] inputs, Tensor(a!) out, bool streaming) -> ()");
   m.def("_read_floor(Tensor[] inputs, int repeats, int pieces) -> Tensor");
+  m.def("_arithmetic_floor(int steps) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
   m.impl("_stream_floor", TORCH_BOX(&marquardt::stream_floor));
   m.impl("_read_floor", TORCH_BOX(&marquardt::read_floor));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(marquardt, CompositeExplicitAutograd, m) {
+  m.impl("_arithmetic_floor", TORCH_BOX(&marquardt::arithmetic_floor));
 }

@@ -11,6 +11,8 @@ struct FloorKernels {
   void (*triad)(const float* const* inputs, int count, float* out, int64_t n, bool streaming);
   // The sum of n floats: a read sweep with nothing but additions.
   float (*read)(const float* input, int64_t n);
+  // `steps` rounds of fused multiply-adds of doubles in registers; returns their number, `sink` gets a sum of them.
+  int64_t (*multiply)(int64_t steps, double* sink);
 };
 
 namespace avx512 {

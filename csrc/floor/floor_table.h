@@ -71,6 +71,22 @@ inline float read(const float* input, int64_t n) {
   return total;
 }
 
-const FloorKernels floor_kernels = {triad, read};
+// Enough independent chains to fill the units on any processor of the kind.
+inline int64_t multiply(int64_t steps, double* sink) {
+  constexpr int kChains = kBytes == 64 ? 16 : 12;
+  Vec<double> x[kChains];
+  for (int i = 0; i < kChains; ++i) x[i] = broadcast(*sink + i);
+  const Vec<double> a = broadcast(0.999), b = broadcast(1e-9);
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) x[i] = fma(x[i], a, b);
+  }
+  Vec<double> sum = x[0];
+  for (int i = 1; i < kChains; ++i) sum += x[i];
+  *sink = sum[0];
+  return steps * kChains * kWidth<double>;
+}
+
+const FloorKernels floor_kernels = {triad, read, multiply};
 
 }  // namespace marquardt::MQ_ISA
