@@ -21,7 +21,7 @@ SHARED_CASES := $(if $(EVERYTHING),(accuracy or strides or dtypes) and not full,
 SHARED_FILES := tests/test_hessian.py tests/test_langevin.py
 SETUP = $(PYTHON) build_tools/environment.py --venv "$(VENV)" --venv-args="$(VENV_ARGS)" --pip-args="$(PIP_ARGS)" \
 	--torch-spec "$(TORCH_SPEC)" --triton-spec "$(TRITON_SPEC)"
-SOURCES := python triton_kernels tests bench build_tools setup.py
+SOURCES := python triton_kernels tests bench build_tools examples setup.py
 CLANG_FORMAT = $(firstword $(wildcard $(VENV)/bin/clang-format) clang-format)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 

@@ -277,7 +277,8 @@ def test_wheel_passes_the_tests_under_torch_2_11(wheel, old_torch_python, tmp_pa
     place = run(old_torch_python, "-c", FIRST_STEPS, PYTHONPATH=str(site)).stdout.splitlines()[-1]
     assert Path(place) == site / "marquardt"
 
-    for name in ("tests", "bench", "pyproject.toml"):  # without the sources, the wheel alone can answer
+    # Without the sources, the wheel alone can answer.
+    for name in ("tests", "bench", "examples", "pyproject.toml"):
         if (ROOT / name).is_dir():
             shutil.copytree(
                 ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results")
