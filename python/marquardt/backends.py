@@ -257,10 +257,19 @@ def _copies(tensors: list[tuple[str, Tensor]], batch_dims: int, noisy: bool) -> 
     if noisy or not is_dense(walk):
         walk = torch.empty(walk.shape, device="meta")
         why = "row-major order, in which noise is counted" if noisy else "row-major order"
+
+    def lies_otherwise(t: Tensor) -> bool:
+        if t.shape == first.shape:
+            return steps(sample(t)) != steps(walk)
+        inner = walk.dim()  # a stack of rows beside the first: its last dimensions are those of a sample
+        if not 0 < inner < t.dim() or t.shape[t.dim() - inner :] != walk.shape:
+            return False
+        return steps(t[(0,) * (t.dim() - inner)]) != steps(walk)
+
     return tuple(
         f"{label} (strides {tuple(t.stride())}, not in {why})"
         for label, t in tensors
-        if t.shape == first.shape and t.numel() and steps(sample(t)) != steps(walk)
+        if t.numel() and lies_otherwise(t)
     )
 
 
@@ -271,11 +280,14 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     >>> mq.explain(mq.affine_step, [torch.ones(2, 4)], [1.0]).backend in ("cpu", "reference")
     True
     """
-    from .declare import registry
+    from .declare import operator_of, registry
 
-    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    public = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    name = operator_of.get(public, public)
     if name not in registry:
-        raise ValueError(f"explain: op must be one of {', '.join(sorted(registry))}, got {name}")
+        raise ValueError(
+            f"explain: op must be one of {', '.join(sorted({*registry, *operator_of}))}, got {public}"
+        )
     tensors: list[tuple[str, Tensor]] = []
     for label, value in [*((f"argument {i}", v) for i, v in enumerate(args)), *kwargs.items()]:
         members = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
@@ -295,8 +307,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     )
     plan = None
     if backend == "cuda" or (backend == "cpu" and _native.emulated()):
-        plan = _plan(op, name, args, kwargs)
-    return Explanation(name, backend, why, copies, plan)
+        plan = _plan(op, public, args, kwargs)
+    return Explanation(public, backend, why, copies, plan)
 
 
 def _plan(op: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

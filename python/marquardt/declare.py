@@ -35,6 +35,7 @@ _increment_version = torch._C._increment_version
 _vjp: Any = torch.func.vjp  # whose stubs know only the form with auxiliary outputs
 
 registry: dict[str, Op] = {}
+operator_of: dict[str, str] = {}  # public function -> the operator that it calls, where the two differ
 
 _NO_GRADIENT = (
     "{}: out= does not support automatic differentiation, but one of the arguments requires grad; call it under "
@@ -76,6 +77,7 @@ class Op:
         jvp: Callable[..., Any] | None = None,
         out: bool = False,
         returns_scalars: bool = False,
+        public: Sequence[str] = (),
     ) -> None:
         """
         schema      `name(...) -> ...` of the traced op
@@ -87,6 +89,7 @@ class Op:
         jvp         jvp(call, tangents, *args) -> tangents of the outputs; None: derived from the reference
         out         whether C++ has `<name>_out` too
         returns_scalars  whether the last output holds numbers per sample, [B, m]
+        public      the public functions that call this op, if they have other names
         """
         self.name, self.arguments = parse_schema(schema)
         self.reference, self.fake, self.check = reference, fake, check
@@ -97,6 +100,7 @@ class Op:
         self.list_at = kinds.index("list") if "list" in kinds else None
         self.tensors = len(kinds) - kinds.count("value")  # tensors come first, values behind
         registry[self.name] = self
+        operator_of.update(dict.fromkeys(public, self.name))
         # Devices for which `auto` takes the native kernels; the CPU needs no entry.
         self.native_on = backends.native_devices(self.name)
         self.native: Callable[..., Any] | None = None

@@ -80,6 +80,7 @@ APPLY = Op(
     check=checks.lowrank_apply,
     backward=_backward,
     returns_scalars=True,
+    public=reference.NAMES,
 )
 VJP = Op(
     "lowrank_vjp(Tensor grad, Tensor v, Tensor basis, Tensor coef, int variant, int batch_dims)"
