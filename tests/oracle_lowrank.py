@@ -293,7 +293,12 @@ def dense_apply(variant: int, v, U, s, damping) -> np.ndarray:
     if variant == MATVEC:
         return H @ wide(v)
     if variant == SOLVE:
-        return inverse(H) @ wide(v)
+        low, x = cholesky(H), wide(v).copy()
+        for i in range(len(x)):
+            x[i] = (x[i] - low[i, :i] @ x[:i]) / low[i, i]
+        for i in reversed(range(len(x))):
+            x[i] = (x[i] - low[i + 1 :, i] @ x[i + 1 :]) / low[i, i]
+        return x
     root, inverse_root = H, np.eye(len(H), dtype=LD)
     for _ in range(40):
         root, inverse_root = (root + inverse(inverse_root)) / 2, (inverse_root + inverse(root)) / 2
