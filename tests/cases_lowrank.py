@@ -103,9 +103,13 @@ def harness_cases(variant: int, keep_norm: bool = False) -> tuple[Case, ...]:
         # −0.5·1.2²: H stays positive definite where transforms scale U and s
         "negative": case("negative", problem("unit", 2), 1.0, (-0.5, 1.0), keep_norm),
         "repeated": case("repeated", problem("orthonormal", 3), 0.5, (0.8, 0.8, 0.8), keep_norm),
-        "degenerate": case("degenerate", problem("duplicates", 3), 0.4, (1.0, 1.0, 0.0), keep_norm, numeric=False),
+        "degenerate": case(
+            "degenerate", problem("duplicates", 3), 0.4, (1.0, 1.0, 0.0), keep_norm, numeric=False
+        ),
         "none": case("none", problem("gaussian", 0), 0.3, (), keep_norm, numeric=False),
-        "five": case("five", problem("conditioned", 5, "near", 1e2), 0.05, (1.0,) * 5, keep_norm, numeric=False),
+        "five": case(
+            "five", problem("conditioned", 5, "near", 1e2), 0.05, (1.0,) * 5, keep_norm, numeric=False
+        ),
     }
     chosen = {
         0: ("two", "none"),

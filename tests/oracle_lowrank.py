@@ -165,7 +165,9 @@ def apply_vjp(variant: int, v, U, s, damping, grad, keep_norm: bool = False):
     return _batch(one, *map(wide, (v, U, s, damping, grad)))
 
 
-def apply_jvp(variant: int, v, U, s, damping, v_t, U_t, s_t, damping_t, keep_norm: bool = False) -> np.ndarray:
+def apply_jvp(
+    variant: int, v, U, s, damping, v_t, U_t, s_t, damping_t, keep_norm: bool = False
+) -> np.ndarray:
     """The derivative of f(H) v along a direction in everything."""
 
     def one(v, U, s, lam, v_t, U_t, s_t, lam_t):

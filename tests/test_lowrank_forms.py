@@ -1,4 +1,4 @@
-"""Forms of the arguments of the low-rank family: U and s shared or per sample, layouts, refusals, `check` and `info`."""
+"""Forms of the arguments of the low-rank family: shared or per sample, layouts, refusals, `check` and `info`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class TestShared:
         v, U, s = make(target)
         one, batch = U[1], len(v)
         lam = torch.full((batch,), 0.3, dtype=f64, device=target.device)
-        plain = apply(target, variant, v, one.expand(batch, *one.shape).contiguous(), s.expand(batch, -1), damping=lam)
+        plain = apply(
+            target, variant, v, one.expand(batch, *one.shape).contiguous(), s.expand(batch, -1), damping=lam
+        )
         right(variant, plain, v, one, s, 0.3)
         for basis in (one, one.expand(batch, *one.shape)):
             for weights in (s, s.expand(batch, -1), s.to(f32), s.expand(batch, -1).contiguous().to(f32)):
@@ -70,7 +72,11 @@ class TestShared:
     def test_gradients_of_what_is_shared(self, target: Target, variant: int):
         """They are sums over the batch, in the shape and dtype of what was given."""
         v, U, s = make(target, dtype=f64)
-        wide = [U[0].expand(3, *U.shape[1:]).clone(), s.expand(3, -1).clone(), torch.full((3,), 0.4, dtype=f64)]
+        wide = [
+            U[0].expand(3, *U.shape[1:]).clone(),
+            s.expand(3, -1).clone(),
+            torch.full((3,), 0.4, dtype=f64),
+        ]
         narrow = [U[0].clone(), s.clone(), torch.tensor(0.4, dtype=f64)]
         found = []
         for given in (wide, narrow):
@@ -109,9 +115,13 @@ class TestShared:
         v, U, s = make(target, (2, 5), dtype=f64)
         stack = torch.stack([U, 1.5 * U, U.flip(1)])
         for dims, given in ((0, stack), (2, stack.movedim(0, 2))):
-            found = torch.func.vmap(lambda u: apply(target, variant, v, u, s, damping=0.4), in_dims=dims)(given)
+            found = torch.func.vmap(lambda u: apply(target, variant, v, u, s, damping=0.4), in_dims=dims)(
+                given
+            )
             for f, u in zip(found, stack, strict=True):
-                torch.testing.assert_close(f, apply(target, variant, v, u, s, damping=0.4), rtol=1e-11, atol=1e-12)
+                torch.testing.assert_close(
+                    f, apply(target, variant, v, u, s, damping=0.4), rtol=1e-11, atol=1e-12
+                )
         shared = torch.func.vmap(lambda u: apply(target, variant, v, u, s, damping=0.4))(stack[:, 0])
         torch.testing.assert_close(
             shared[1], apply(target, variant, v, stack[1, 0], s, damping=0.4), rtol=1e-11, atol=1e-12

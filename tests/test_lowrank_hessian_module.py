@@ -71,7 +71,11 @@ class TestState:
         else:  # H = λI
             shape = (len(g) if batch_dims else 1, 0, int(np.prod(SAMPLE)))
             arrays = per_sample(g.reshape(shape[0], -1), g.new_zeros(shape), g.new_zeros(shape[:2]), DAMPING)
-        for name, variant in (("matvec", oracle.MATVEC), ("solve", oracle.SOLVE), ("inv_sqrt", oracle.INV_SQRT)):
+        for name, variant in (
+            ("matvec", oracle.MATVEC),
+            ("solve", oracle.SOLVE),
+            ("inv_sqrt", oracle.INV_SQRT),
+        ):
             out = getattr(H, name)(g)
             assert out.shape == g.shape and out.dtype == g.dtype
             expected = oracle.apply(variant, *arrays)

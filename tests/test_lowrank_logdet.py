@@ -50,7 +50,9 @@ class TestValue:
         exact = expected(U, s, odd.damping)
         # a Gram matrix in float64, divided by the smallest eigenvalue
         arrays = per_sample(v, U, s, odd.damping)
-        least = [np.abs(np.append(oracle.reduce(*a).t, odd.damping)).min() for a in zip(*arrays[1:], strict=True)]
+        least = [
+            np.abs(np.append(oracle.reduce(*a).t, odd.damping)).min() for a in zip(*arrays[1:], strict=True)
+        ]
         size = odd.damping + (np.abs(arrays[2]) * oracle.norm(arrays[1]) ** 2).sum(1)
         k, D = U.shape[1], math.prod(shape[1:])
         rounding = 8 * (k + 2) * np.finfo(float).eps * k * size / np.array(least)
@@ -76,7 +78,9 @@ class TestValue:
         ):
             assert out.shape == () and out.dtype == f64
             torch.testing.assert_close(out, whole[1], rtol=1e-13, atol=1e-13)
-        per = logdet(target, U, s.expand(2, 3), damping=torch.full((2,), 0.4, dtype=f64, device=target.device))
+        per = logdet(
+            target, U, s.expand(2, 3), damping=torch.full((2,), 0.4, dtype=f64, device=target.device)
+        )
         torch.testing.assert_close(per, whole, rtol=1e-13, atol=1e-13)
 
     @pytest.mark.parametrize("odd", [o for o in cases.ODD if o.s], ids=str)
@@ -174,7 +178,9 @@ class TestIndefinite:
         ],
     )  # fmt: skip
     def test_refusals(self, target: Target, change, error, words):
-        given, options = change(torch.ones(2, 3, 9, device=target.device), torch.ones(3, device=target.device))
+        given, options = change(
+            torch.ones(2, 3, 9, device=target.device), torch.ones(3, device=target.device)
+        )
         with pytest.raises(error) as raised:
             logdet(target, *given, **{"damping": 0.5, **options})
         for word in ("lowrank_logdet", *words):
@@ -199,7 +205,9 @@ def test_opcheck():
         tensors, batch_dims = given
         for check in (True, False):
             result = torch.library.opcheck(
-                torch.ops.marquardt.lowrank_logdet.default, (*tensors, check, batch_dims), raise_exception=True
+                torch.ops.marquardt.lowrank_logdet.default,
+                (*tensors, check, batch_dims),
+                raise_exception=True,
             )
             assert set(result.values()) == {"SUCCESS"}, result
         U, c = (t.detach() for t in tensors)
@@ -228,7 +236,9 @@ def test_compile(target: Target):
 
 
 @pytest.mark.strides
-@pytest.mark.parametrize("layout", ["misaligned", "gaps", "cropped", "transposed", "reversed", "expanded-batch"])
+@pytest.mark.parametrize(
+    "layout", ["misaligned", "gaps", "cropped", "transposed", "reversed", "expanded-batch"]
+)
 def test_layout(target: Target, layout: str):
     _, U = cases.problem("gaussian", 3)(torch.Generator().manual_seed(0), (2, 4, 9), 1)
     place = arena(U.float().to(target.device), layout)

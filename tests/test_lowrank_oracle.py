@@ -35,7 +35,7 @@ def test_low_rank_equals_dense(odd: cases.Odd, size: int):
     )
     for variant in (MATVEC, SOLVE, INV_SQRT):
         dense = oracle.dense_apply(variant, v, U, s, damping)
-        # 1e-16: a thousand roundings of longdouble, times the condition; the Denman–Beavers iteration loses the square of it
+        # a thousand roundings of longdouble times the condition; Denman–Beavers loses the square of it
         allowed = 1e-16 * spread ** (2 if variant == INV_SQRT else 1) * oracle.norm(dense)
         assert oracle.norm(oracle.apply(variant, *given)[0] - dense) <= allowed
         c0, c = oracle.coefficients(variant, *given)
@@ -72,7 +72,9 @@ def test_logdet_derivatives(odd: cases.Odd):
     given, rng = arrays(odd, 20)[1:], np.random.default_rng(0)
     moved = [rng.standard_normal(x.shape).astype(LD) for x in given]
     step = LD(1e-9) * min(1.0, odd.damping)
-    high, low = (oracle.logdet(*(x + h * t for x, t in zip(given, moved, strict=True))) for h in (step, -step))
+    high, low = (
+        oracle.logdet(*(x + h * t for x, t in zip(given, moved, strict=True))) for h in (step, -step)
+    )
     d = oracle.logdet_vjp(*given, np.ones(1))[:3]
     paired = sum((a * b).sum() for a, b in zip(d, moved, strict=True))
     assert abs(paired - (high - low)[0] / (2 * step)) < 1e-6 * abs(paired)

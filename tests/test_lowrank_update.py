@@ -123,7 +123,9 @@ class TestValue:
         for b in range(3):
             one = found_U[b].reshape(3, 60).cpu(), found_s[b].cpu()
             judge(U[b], s[b], v[b], *one, float(decay[b]), float(weight[b]))
-        shared_U, shared_s = update(target, given[0][0], given[1][0], given[2], decay=given[3], weight=given[4])
+        shared_U, shared_s = update(
+            target, given[0][0], given[1][0], given[2], decay=given[3], weight=given[4]
+        )
         assert shared_U.shape == (3, 3, *shape)
         for b in range(3):
             one = shared_U[b].reshape(3, 60).cpu(), shared_s[b].cpu()
@@ -134,7 +136,9 @@ class TestValue:
         U, s, v = torch.zeros(2, 3, 8), torch.ones(2, 3, dtype=f64), torch.zeros(2, 8)
         found_U, found_s = update(target, *(t.to(target.device) for t in (U, s, v)))
         assert not found_U.any() and not found_s.any()
-        found_U, found_s = update(target, U.to(target.device), 0 * s.to(target.device), v.to(target.device) + 1)
+        found_U, found_s = update(
+            target, U.to(target.device), 0 * s.to(target.device), v.to(target.device) + 1
+        )
         torch.testing.assert_close(found_s[:, 0].cpu(), torch.full((2,), 8.0, dtype=f64), rtol=1e-14, atol=0)
         assert not found_s[:, 1:].any() and not found_U[:, 1:].any()
         torch.testing.assert_close(found_U[:, 0].cpu(), torch.full((2, 8), 8**-0.5))
@@ -260,7 +264,9 @@ class TestBits:
 
 
 @pytest.mark.strides
-@pytest.mark.parametrize("layout", ["misaligned", "gaps", "cropped", "transposed", "reversed", "channels_last"])
+@pytest.mark.parametrize(
+    "layout", ["misaligned", "gaps", "cropped", "transposed", "reversed", "channels_last"]
+)
 def test_layout(target: Target, layout: str):
     v, U = cases.problem("gaussian", 3)(torch.Generator().manual_seed(0), (2, 4, 5, 6), 1)
     v, U = (v / 11).float().to(target.device), U.float().to(target.device)
