@@ -122,7 +122,6 @@ def samples(variant: int):
         ("lowrank_apply", (v, U, coef(2, 3).requires_grad_(), variant, False, 1)),
         ("lowrank_apply", (*make((2, 3, 4), 3, shared=True), coef(2, 4), variant, True, 1)),
         ("lowrank_apply", (strided[0].transpose(1, 2), strided[1].transpose(2, 3), coef(3), variant, True, 1)),
-        ("lowrank_apply", (*make((2, 3), 0), coef(1), variant, True, 1)),
         ("lowrank_apply", (*make((0, 3)), coef(3), variant, True, 1)),
         ("lowrank_apply", (*make((3, 4), batch_dims=0), coef(3), variant, True, 0)),
         ("lowrank_vjp", (make((2, 3, 4))[0], *make((2, 3, 4)), coef(3), variant, 1)),

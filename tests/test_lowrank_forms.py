@@ -46,14 +46,17 @@ class TestShared:
             target, variant, v, one.expand(batch, *one.shape).contiguous(), s.expand(batch, -1), damping=lam
         )
         right(variant, plain, v, one, s, 0.3)
+        several = s.expand(batch, -1)
         for basis in (one, one.expand(batch, *one.shape)):
-            for weights in (s, s.expand(batch, -1), s.to(f32), s.expand(batch, -1).contiguous().to(f32)):
-                for damping in (0.3, torch.tensor(0.3, dtype=f64), lam):
-                    out = apply(target, variant, v, basis, weights, damping=damping)
-                    if target.steady:
-                        assert same_bits(out, plain)
-                    else:
-                        right(variant, out, v, one, s, 0.3)
+            for weights, damping in (
+                (s, 0.3), (s.to(f32), lam), (several, torch.tensor(0.3, dtype=f64)), (several, lam),
+                (several.contiguous().to(f32), 0.3),
+            ):  # fmt: skip
+                out = apply(target, variant, v, basis, weights, damping=damping)
+                if target.steady:
+                    assert same_bits(out, plain)
+                else:
+                    right(variant, out, v, one, s, 0.3)
 
     @VARIANTS
     def test_everything_differs(self, target: Target, variant: int):
@@ -246,19 +249,33 @@ class TestIndefinite:
     @VARIANTS
     @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=["nan", "inf"])
     def test_bad_numbers_stay_in_their_sample(self, target: Target, variant: int, poison: float):
-        """In v, in U or in s: no error, NaN there (wherever the number reaches), not a bit elsewhere."""
+        """In v or in U: no error, NaN there (wherever the number reaches), not a bit elsewhere."""
         v, U, s = make(target, (3, 40))
-        s = s.expand(3, -1).contiguous()
         clean = apply(target, variant, v, U, s, damping=0.5)
-        for j in range(3):
-            given = [t.clone() for t in (v, U, s)]
+        for j in range(2):
+            given = [v.clone(), U.clone()]
             given[j][1].view(-1)[2] = poison
-            out = apply(target, variant, *given, damping=0.5)
+            out = apply(target, variant, *given, s, damping=0.5)
             assert same_bits(out[[0, 2]], clean[[0, 2]])
             if math.isnan(poison):
                 assert bool(out[1].isnan().all())
             else:
                 assert not bool(out[1].isfinite().all())
+
+    @VARIANTS
+    def test_bad_s(self, target: Target, variant: int):
+        """s is a parameter: refused where the host knows it, else NaN in its sample."""
+        v, U, s = make(target, (3, 40))
+        s = s.expand(3, -1).contiguous()
+        bad = s.clone()
+        bad[1, 0] = math.nan
+        if target.device == "cpu":
+            with pytest.raises(ValueError, match=r"\bs\b.*nan"):
+                apply(target, variant, v, U, bad, damping=0.5)
+            return
+        out = apply(target, variant, v, U, bad, damping=0.5)
+        assert bool(out[1].isnan().all())
+        assert same_bits(out[[0, 2]], apply(target, variant, v, U, s, damping=0.5)[[0, 2]])
 
     @DEFINITE
     def test_no_error_in_a_trace(self, target: Target, variant: int):
