@@ -296,8 +296,8 @@ class TestNoise:
         d_x, d_xi, d_scale = torch.autograd.grad(out.sum(), (x, xi, scale))
         assert (
             bool((d_x == 2).all())
-            and torch.allclose(d_xi, scale.expand_as(xi))
-            and torch.allclose(d_scale, xi.sum())
+            and torch.allclose(d_xi, scale.to(d_xi).expand_as(xi))
+            and torch.allclose(d_scale, xi.sum().to(d_scale))
         )
         eight = [x.detach()] * 8
         with target():

@@ -175,10 +175,10 @@ void gram_tiles(const A* const* rows, int count, GramKind kind, int64_t n, doubl
   }
 }
 
-// Many rows: read where they lie, or converted once to the wider type, block by block in the first cache, because every
-// row meets every other.
+// Many rows of one chunk: read where they lie, or converted once to the wider type, block by block in the first cache,
+// because every row meets every other. `acc` begins at zero.
 template <class T, class A>
-void gram_many(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
+void gram_blocks(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
   constexpr int kStep = kWidth<A>;
   if constexpr (sizeof(A) == sizeof(T)) {
     const int64_t whole = n / kStep * kStep;
@@ -205,6 +205,17 @@ void gram_many(const T* const* rows, int count, GramKind kind, int64_t n, double
       gram_tiles<A>(at, count, kind, (m + kStep - 1) / kStep * kStep, acc);
     }
   }
+}
+
+// The sums of a chunk are its own until it is done: they do not depend on what came before it.
+template <class T, class A>
+void gram_many(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
+  double own[kMaxGram][kLanes];
+  const int entries = entries_of(kind, count);
+  __builtin_memset(own, 0, sizeof(own[0]) * static_cast<uint64_t>(entries));
+  gram_blocks<T, A>(rows, count, kind, n, own);
+  for (int e = 0; e < entries; ++e)
+    for (int lane = 0; lane < kLanes; ++lane) acc[e][lane] += own[e][lane];
 }
 
 template <class T, class A, int Pairs>

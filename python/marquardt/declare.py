@@ -203,11 +203,16 @@ class Op:
             try:
                 return self.native(*args)
             except RuntimeError as error:
-                raise errors.translate(error, None, args) from None
+                return self.recover(error, args)
         if backend == "triton":
             from .triton_kernels import frame
 
-            return getattr(frame, self.name)(*args)
+            try:
+                return getattr(frame, self.name)(*args)
+            except RuntimeError as error:
+                if "Batching rule not implemented" not in str(error):
+                    raise
+                return self.reference(*args)
         with torch.no_grad():
             return self.reference(*args)
 

@@ -138,6 +138,7 @@ def _apply(
     checks.batched(op, argument, v, batch_dims)
     k = checks.stack(op, U, argument, v, batch_dims)
     coef = scalars.with_weights(op, ("damping",), (damping,), s, k, v, batch_dims)
+    check = check and not torch.compiler.is_compiling()  # a traced program does not raise
     made: tuple[Tensor, Tensor] = APPLY.call(v, U, coef, variant, check, batch_dims)
     return made
 
@@ -210,9 +211,13 @@ def lowrank_solve(
     >>> mq.lowrank_solve(g, U, torch.tensor([3.0]), damping=1.0)
     tensor([[1., 2.]])
     """
-    out, info = _apply(SOLVE, g, U, s, damping, check, batch_dims)
-    if keep_norm:
-        out = _with_norm_of(out, g, batch_dims)
+    if keep_norm:  # in float32 at least: the derivative of a norm loses what 16 bits leave of the solution
+        checks.floating("lowrank_solve", "g", g)
+        wide = g if g.dtype == torch.float64 else g.float()
+        out, info = _apply(SOLVE, wide, U, s, damping, check, batch_dims)
+        out = _with_norm_of(out, wide, batch_dims).to(g.dtype)
+    else:
+        out, info = _apply(SOLVE, g, U, s, damping, check, batch_dims)
     return (out, _info(info, batch_dims)) if return_info else out
 
 
@@ -296,7 +301,7 @@ def lowrank_logdet(
         checks.lowrank_scalars(op, coef, 0, True)
         found = torch.stack([size * numbers.log(), torch.zeros_like(numbers)], dim=1)
     else:
-        found = LOGDET.call(U, coef, check, batch_dims)
+        found = LOGDET.call(U, coef, check and not torch.compiler.is_compiling(), batch_dims)
     value, info = found[:, 0], found[:, 1:]
     value = value if batch_dims else value[0]
     return (value, _info(info, batch_dims)) if return_info else value

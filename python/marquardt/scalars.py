@@ -105,7 +105,7 @@ def with_weights(
     if s is None:
         weights = torch.ones(k, dtype=torch.float64, device=head.device)
     else:
-        _check_weights(op, s, k, batch, batch_dims)
+        _check_weights(op, s, k, like, batch, batch_dims)
         weights = s.to(torch.float64)
     if head.dim() == 1 and weights.dim() == 1 and weights.device.type == "cpu":
         return torch.cat([head, weights])
@@ -120,11 +120,13 @@ def _beside(rows: Tensor, like: Tensor, batch: int) -> Tensor:
     return rows.expand(batch, -1) if rows.dim() == 1 else rows
 
 
-def _check_weights(op: str, s: Any, k: int, batch: int, batch_dims: int) -> None:
+def _check_weights(op: str, s: Any, k: int, like: Tensor, batch: int, batch_dims: int) -> None:
     if not isinstance(s, Tensor):
         raise errors.kind(op, "s", "be a tensor or None", type(s).__name__)
     if not s.is_floating_point():
         raise errors.kind(op, "s", "be a floating tensor", str(s.dtype).removeprefix("torch."))
+    if s.device.type != "cpu" and s.device != like.device:
+        raise errors.value(op, "s", f"be on the CPU or beside the data ({like.device})", s.device)
     allowed = ((k,), (batch, k)) if batch_dims else ((k,),)
     if tuple(s.shape) not in allowed:
         rule = f"have shape [{k}]" + (f" or [{batch}, {k}]" if batch_dims else "") + ", a number per row of U"

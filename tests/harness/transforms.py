@@ -69,7 +69,7 @@ class Transforms:
         expected = torch.autograd.functional.jacobian(function, point)
         for jacobian in (func.jacrev, func.jacfwd):
             for f, e in zip(jacobian(function, argnums=everything)(*point), expected, strict=True):
-                _close(f, e)
+                _close(f, e.to(f.device))
 
     def test_hessian(self, target: Target, numeric: Case):
         function, point = self._function(numeric, target)
