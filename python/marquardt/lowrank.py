@@ -213,6 +213,8 @@ def lowrank_solve(
     """
     if keep_norm:  # in float32 at least: the derivative of a norm loses what 16 bits leave of the solution
         checks.floating("lowrank_solve", "g", g)
+        checks.batched("lowrank_solve", "g", g, batch_dims)
+        checks.stack("lowrank_solve", U, "g", g, batch_dims)  # before the dtype changes
         wide = g if g.dtype == torch.float64 else g.float()
         out, info = _apply(SOLVE, wide, U, s, damping, check, batch_dims)
         out = _with_norm_of(out, wide, batch_dims).to(g.dtype)
