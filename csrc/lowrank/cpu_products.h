@@ -78,12 +78,33 @@ void products(const ProductTile* tiles, int64_t count, const T* y, int64_t strid
   }
 }
 
+MQ_INLINE void load_numbers(DType dtype, const void* from, float* to, int64_t n) {
+  load_chunk(dtype, from, to, n);
+}
+
+MQ_INLINE void load_numbers(DType dtype, const void* from, double* to, int64_t n) {
+  const auto* half = static_cast<const uint16_t*>(from);
+  const auto* single = static_cast<const float*>(from);
+  switch (dtype) {
+    case DType::bf16:
+      for (int64_t c = 0; c < n; ++c) to[c] = static_cast<double>(float_of_bf16(half[c]));
+      return;
+    case DType::f16:
+      for (int64_t c = 0; c < n; ++c) to[c] = static_cast<double>(float_of_f16(half[c]));
+      return;
+    case DType::f32:
+      for (int64_t c = 0; c < n; ++c) to[c] = static_cast<double>(single[c]);
+      return;
+    case DType::f64: __builtin_memcpy(to, from, static_cast<size_t>(n) * 8); return;
+  }
+}
+
 template <class T>
 void pack_rows(DType dtype, const void* from, int64_t from_stride, int64_t rows, int64_t columns, int64_t padded, T* to,
                int64_t stride) {
   const char* row = static_cast<const char*>(from);
   for (int64_t r = 0; r < rows; ++r, row += from_stride * size_of(dtype), to += stride) {
-    load_chunk(dtype, row, to, columns);
+    load_numbers(dtype, row, to, columns);
     for (int64_t c = columns; c < padded; ++c) to[c] = T(0);
   }
 }

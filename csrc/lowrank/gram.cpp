@@ -40,6 +40,8 @@ namespace {
 constexpr int64_t kMostRanges = 16;
 constexpr int64_t kRangeBytes = 512 << 10;  // of the sums of all ranges, beyond the first two
 constexpr int64_t kRowsPerRange = 4 * kProductRows;
+// Up to so many products, some milliseconds, they are taken in double: the roundings of few rows do not average out.
+constexpr int64_t kExactProducts = 1 << 27;
 
 constexpr int64_t up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
@@ -152,7 +154,9 @@ GramPair::~GramPair() {
 
 void GramPair::run() {
   if (plan_->x.columns == 0) return;
-  if (plan_->x.dtype == DType::f64) {
+  const Plan& p = *plan_;
+  const int64_t products = p.rows * p.x.columns * (p.x.columns + 2 * p.g.columns) / 2;
+  if (p.x.dtype == DType::f64 || products <= kExactProducts) {
     plan_->prepare<double>();
     plan_->run<double>();
   } else {
