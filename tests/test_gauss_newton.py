@@ -139,7 +139,8 @@ class TestValues:
             wg, wx = g.double(), x.double()
             for found, left in ((gram, wx), (cross, wg)):
                 assert bool((found - left.T @ wx).abs().max() > 0), "float32 products were meant here"
-                allowed = 4 * compute(f32) * (left.abs().T @ wx.abs())  # squares of few bits round to one side
+                # squares of few bits round to one side
+                allowed = 4 * compute(f32) * (left.abs().T @ wx.abs())
                 assert bool(((found - left.T @ wx).abs() <= allowed).all())
             assert torch.equal(gram, gram.mT)
 
