@@ -14,7 +14,7 @@ import torch
 import marquardt as mq
 from harness import same_bits
 from harness.compare import LD, norm_error, ulp, wide
-from marquardt import lowrank
+from marquardt import products
 from marquardt.gauss_newton import damped_gram_solve, softmax_head_hvp
 from marquardt.reference import gauss_newton as reference
 
@@ -120,7 +120,7 @@ class TestValues:
         """Every element within a few roundings of Σ|products|, chunk by chunk; in float64 products to the ulp."""
         b, i, o = shape
         g, x = layer(b, i, o, dtype, device=device)
-        gram, cross = lowrank.gram_pair(g, x)
+        gram, cross = products.gram_pair(g, x)
         assert gram.shape == (i, i) and cross.shape == (o, i) and gram.dtype == cross.dtype == f64
         wg, wx = wide(g), wide(x)
         for found, left in ((gram, wx), (cross, wg)):
@@ -135,7 +135,7 @@ class TestValues:
         """Beyond 2²⁷ products they are taken in float32; ragged chunks, ranges and vectors."""
         for b, i, o in ((14_001, 147, 13), (12_345, 100, 61), (9_000, 171, 16)):
             g, x = layer(b, i, o, dtype)
-            gram, cross = lowrank.gram_pair(g, x)
+            gram, cross = products.gram_pair(g, x)
             wg, wx = g.double(), x.double()
             for found, left in ((gram, wx), (cross, wg)):
                 assert bool((found - left.T @ wx).abs().max() > 0), "float32 products were meant here"
@@ -244,13 +244,13 @@ class TestValues:
     def test_compositions(self, dtype):
         """What a GPU runs, on CPU tensors."""
         g, x = layer(2500, 12, 5, dtype)
-        for found, want in zip(lowrank.compose_gram_pair(g, x), lowrank.gram_pair(g, x), strict=True):
+        for found, want in zip(products.compose_gram_pair(g, x), products.gram_pair(g, x), strict=True):
             torch.testing.assert_close(
                 found, want, rtol=0, atol=float(16 * compute(dtype) * want.abs().max())
             )
         arguments = head(200, 12, 5, dtype)
         allowed = max(8 * rounding(dtype), 1e-14)
-        assert error(lowrank.compose_softmax_head_hvp(*arguments), head_oracle(*arguments)) <= allowed
+        assert error(products.compose_softmax_head_hvp(*arguments), head_oracle(*arguments)) <= allowed
 
 
 # --- derivatives and tracing ------------------------------------------------------------------------------
@@ -305,11 +305,11 @@ class TestDerivatives:
             torch.testing.assert_close(found, solve(g, x, value))
         x, p, G = head(20, 4, 3, f64)
         both = torch.stack([G, 2 * G])
-        for function in (softmax_head_hvp, lowrank.softmax_head_hvp):
+        for function in (softmax_head_hvp, products.softmax_head_hvp):
             mapped = torch.func.vmap(function, (None, None, 0))(x, p, both)
             torch.testing.assert_close(mapped[1], softmax_head_hvp(x, p, 2 * G))
-        pairs = torch.func.vmap(lowrank.gram_pair, (None, 1), (0, 0))(g, torch.stack([x, 2 * x], 1))
-        torch.testing.assert_close(pairs[1][1], lowrank.gram_pair(g, 2 * x)[1])
+        pairs = torch.func.vmap(products.gram_pair, (None, 1), (0, 0))(g, torch.stack([x, 2 * x], 1))
+        torch.testing.assert_close(pairs[1][1], products.gram_pair(g, 2 * x)[1])
         gradient = torch.func.grad(lambda t: softmax_head_hvp(x, p, t).pow(2).sum())(G)
         (expected,) = torch.autograd.grad(softmax_head_hvp(x, p, leaf := leaves(G)[0]).pow(2).sum(), leaf)
         torch.testing.assert_close(gradient, expected)
@@ -320,12 +320,12 @@ class TestDerivatives:
 def test_opcheck(dtype):
     for grads in (False, True):
         g, x = (t.requires_grad_(grads) for t in layer(30, 5, 3, dtype))
-        torch.library.opcheck(lowrank.gram_pair, (g, x))
+        torch.library.opcheck(products.gram_pair, (g, x))
         x, p, G = (t.requires_grad_(grads) for t in head(30, 5, 3, dtype))
-        torch.library.opcheck(lowrank.softmax_head_hvp, (x, p, G))
-    torch.library.opcheck(lowrank.gram_pair, layer(0, 5, 3, dtype))
+        torch.library.opcheck(products.softmax_head_hvp, (x, p, G))
+    torch.library.opcheck(products.gram_pair, layer(0, 5, 3, dtype))
     torch.library.opcheck(
-        lowrank.softmax_head_hvp, (x.detach().T.contiguous().T, p.detach()[:, :5], G.detach())
+        products.softmax_head_hvp, (x.detach().T.contiguous().T, p.detach()[:, :5], G.detach())
     )
 
 
@@ -438,7 +438,7 @@ class TestBits:
     )
     def test_gram_over_threads(self, shape, dtype):
         g, x = layer(*shape, dtype)
-        first, *others = self.runs(lambda: lowrank.gram_pair(g, x))
+        first, *others = self.runs(lambda: products.gram_pair(g, x))
         for other in others:
             assert same_bits(first[0], other[0]) and same_bits(first[1], other[1])
 
@@ -585,17 +585,17 @@ class TestRefusals:
             ((g.double(), x), ["gram_pair: g", "dtype of x (float32)", "float64"]),
             ((g[None], x), ["gram_pair: g", "two dimensions"]),
         ):
-            refused(RuntimeError, words, lowrank.gram_pair, *bad)
+            refused(RuntimeError, words, products.gram_pair, *bad)
         x, p, G = head(10, 4, 3)
         refused(
             RuntimeError,
             ["softmax_head_hvp: G", "[4, 3]", "[4, 2]"],
-            lowrank.softmax_head_hvp,
+            products.softmax_head_hvp,
             x,
             p,
             G[:, :2],
         )
-        refused(RuntimeError, ["softmax_head_hvp: p", "rows"], lowrank.softmax_head_hvp, x, p[:3], G)
+        refused(RuntimeError, ["softmax_head_hvp: p", "rows"], products.softmax_head_hvp, x, p[:3], G)
 
     def test_backends(self):
         g, x = layer(10, 3, 2)

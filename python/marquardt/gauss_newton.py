@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import backends, checks, errors, lowrank, scalars
+from . import backends, checks, errors, products, scalars
 from .reference import gauss_newton as reference
 from .scalars import Scalar
 
@@ -58,7 +58,7 @@ def softmax_head_hvp(x: Tensor, p: Tensor, G: Tensor) -> Tensor:
         raise errors.value(op, "G", rule, list(G.shape))
     if _by_definition(op, x):
         return reference.softmax_head_hvp(x, p, G)
-    return lowrank.softmax_head_hvp(x, p, G)
+    return products.softmax_head_hvp(x, p, G)
 
 
 def damped_gram_solve(g: Tensor, x: Tensor, *, damping: Scalar) -> Tensor:
@@ -108,7 +108,7 @@ def damped_gram_solve(g: Tensor, x: Tensor, *, damping: Scalar) -> Tensor:
         if rows < columns:
             found, info = reference.dual(g, x, scale)
         else:
-            gram, cross = lowrank.gram_pair(g, x)
+            gram, cross = products.gram_pair(g, x)
             found, info = reference.primal(gram, cross, rows, scale)
         found = found.to(x.dtype)
     _check_definite(op, info, g, x, coef)
