@@ -38,8 +38,8 @@ def register() -> None:
     define()
 
 
-# What torch.compiler.assume_constant_result sets, which would import Dynamo: tracing calls `register` as it is, and does
-# not look into the definition of the operators.
+# What torch.compiler.assume_constant_result sets, which would import Dynamo: tracing calls `register` as it is, and
+# does not look into the definition of the operators.
 register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

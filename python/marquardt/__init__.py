@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import backends, reference
 from .backends import Explanation, explain, use_backend
+from .gauss_newton import damped_gram_solve, softmax_head_hvp
 from .hessian import lm_direction
 from .langevin import affine_step
 from .lowrank import lowrank_inv_sqrt, lowrank_logdet, lowrank_matvec, lowrank_solve, lowrank_update
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "affine_step",
     "backends",
+    "damped_gram_solve",
     "explain",
     "lm_direction",
     "lowrank_inv_sqrt",
@@ -29,6 +31,7 @@ __all__ = [
     "lowrank_solve",
     "lowrank_update",
     "reference",
+    "softmax_head_hvp",
     "update_damping",
     "use_backend",
 ]

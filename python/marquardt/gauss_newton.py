@@ -41,9 +41,8 @@ def softmax_head_hvp(x: Tensor, p: Tensor, G: Tensor) -> Tensor:
     curvature matrix-vector products", 2002).
 
     >>> import torch, marquardt as mq
-    >>> from marquardt.gauss_newton import softmax_head_hvp
     >>> x, G = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    >>> softmax_head_hvp(x, torch.tensor([[0.5, 0.5]]), G)
+    >>> mq.softmax_head_hvp(x, torch.tensor([[0.5, 0.5]]), G)
     tensor([[ 0.2500,  0.5000],
             [-0.2500, -0.5000]])
     """
@@ -86,9 +85,8 @@ def damped_gram_solve(g: Tensor, x: Tensor, *, damping: Scalar) -> Tensor:
     2015), FOOF (Benzing, "Gradient descent on neurons and its link to approximate second-order optimization", 2022).
 
     >>> import torch, marquardt as mq
-    >>> from marquardt.gauss_newton import damped_gram_solve
     >>> x, g = torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [4.0]])
-    >>> damped_gram_solve(g, x, damping=2.0)  # 14 / (5 + 2)
+    >>> mq.damped_gram_solve(g, x, damping=2.0)  # 14 / (5 + 2)
     tensor([[2.]])
     """
     op = "damped_gram_solve"

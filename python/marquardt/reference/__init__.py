@@ -13,11 +13,13 @@ import torch
 from .. import scalars
 from ..layout import batch_and_size
 from ..noise import draw_seed
-from . import hessian, langevin, lowrank
+from . import gauss_newton, hessian, langevin, lowrank
+from .gauss_newton import softmax_head_hvp
 from .noise import normal
 
 __all__ = [
     "affine_step",
+    "damped_gram_solve",
     "lm_direction",
     "lowrank_inv_sqrt",
     "lowrank_logdet",
@@ -25,6 +27,7 @@ __all__ = [
     "lowrank_solve",
     "lowrank_update",
     "normal",
+    "softmax_head_hvp",
 ]
 
 Tensor = torch.Tensor
@@ -171,3 +174,9 @@ def lowrank_update(
     coef = scalars.with_weights("lowrank_update", names, numbers, s, k, v, batch_dims)
     rows, found = lowrank.update(v, U, coef, k if rank is None else rank, batch_dims)
     return rows, found if batch_dims else found[0]
+
+
+def damped_gram_solve(g: Tensor, x: Tensor, *, damping: Any) -> Tensor:
+    """`marquardt.damped_gram_solve` as a formula."""
+    number = damping if isinstance(damping, Tensor) else torch.tensor(float(damping), dtype=torch.float64)
+    return gauss_newton.damped_gram_solve(g, x, number)[0]
