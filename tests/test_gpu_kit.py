@@ -322,7 +322,7 @@ def test_triton_is_tested_without_a_build(context: runner.Context, monkeypatch: 
     monkeypatch.setattr(parts, "gpu_arch", lambda context: "90")
     context.missing = ("build",)
     good, result = parts.tests(context)
-    assert not good and sorted(ran) == ["hessian-triton", "langevin-triton"]
+    assert not good and sorted(ran) == ["hessian-triton", "langevin-triton", "lowrank-triton"]
     assert result["reason"] == "in part, without build"
 
 

@@ -120,12 +120,17 @@ def build_library(context: Context) -> Result:
 # --- tests --------------------------------------------------------------------------------------------------
 
 # name -> (files, -k expression, processes); a test's id holds its target, "cuda-cuda" or "cuda-triton".
+LOWRANK = tuple(
+    f"tests/test_lowrank{name}.py" for name in ("", "_forms", "_logdet", "_update", "_hessian_module")
+)
 SUITES = {
-    "cuda": (("tests/test_cuda.py",), "", 1),
-    "hessian-cuda": (("tests/test_hessian.py",), "cuda-cuda", 3),
-    "hessian-triton": (("tests/test_hessian.py",), "cuda-triton", 4),
+    "cuda": (("tests/test_cuda.py", "tests/test_gauss_newton.py"), "Cuda or cuda", 1),
+    "lowrank-cuda": (LOWRANK, "cuda-cuda", 7),
+    "hessian-cuda": (("tests/test_hessian.py",), "cuda-cuda", 2),
     "langevin-cuda": (("tests/test_langevin.py",), "cuda-cuda", 2),
-    "langevin-triton": (("tests/test_langevin.py",), "cuda-triton", 6),
+    "lowrank-triton": (LOWRANK, "cuda-triton", 4),
+    "hessian-triton": (("tests/test_hessian.py",), "cuda-triton", 3),
+    "langevin-triton": (("tests/test_langevin.py",), "cuda-triton", 5),
 }
 WITHOUT_BUILD = tuple(name for name in SUITES if name.endswith("-triton"))
 
@@ -419,10 +424,10 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 # What matters most comes first. Time that a part leaves goes to those after it.
 PARTS = (
-    Part("machine", 0.03, (), machine),
-    Part("build", 0.25, KERNELS, build_library),
-    Part("tests", 0.22, (*PACKAGE, "tests", "bench/gpu_kit"), tests, wants=("build",)),
-    Part("bench", 0.35, (*PACKAGE, "bench"), benchmarks, wants=("build",)),
+    Part("machine", 0.02, (), machine),
+    Part("build", 0.18, KERNELS, build_library),
+    Part("tests", 0.36, (*PACKAGE, "tests", "bench/gpu_kit"), tests, wants=("build",)),
+    Part("bench", 0.30, (*PACKAGE, "bench"), benchmarks, wants=("build",)),
     Part("sanitizer", 0.10, (*PACKAGE, "bench/gpu_kit"), sanitizer, needs=("build",)),
-    Part("counters", 0.05, (*PACKAGE, "bench/gpu_kit"), counters, needs=("build",)),
+    Part("counters", 0.04, (*PACKAGE, "bench/gpu_kit"), counters, needs=("build",)),
 )

@@ -7,7 +7,9 @@ one call whose traffic is counted, and prints the bytes that have to move; with 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,11 +67,46 @@ def affine(shape: tuple[int, ...], dtype: torch.dtype, terms: int, device: str) 
     return worst([out], [want], dtype)
 
 
+def lowrank(shape: tuple[int, ...], k: int, dtype: torch.dtype, device: str) -> float:
+    """Every op of the family, forward and backward, with an s of both signs where H allows it."""
+    generator = torch.Generator().manual_seed(k)
+    v = torch.randn(shape, generator=generator).to(dtype)
+    U = torch.randn((shape[0], k, *shape[1:]), generator=generator).to(dtype)
+    s = torch.linspace(1.0, 0.3, k, dtype=torch.float64).expand(shape[0], k).clone()
+    damping = 0.7 * float(U.double().square().sum())
+    s[:, -1] = -0.1
+
+    def run(where: str, kind: torch.dtype, family: Any) -> list[Tensor]:
+        leaves = [t.to(where, kind).requires_grad_() for t in (v, U)] + [s.to(where).requires_grad_()]
+        found: list[Tensor] = []
+        for name in ("lowrank_matvec", "lowrank_solve", "lowrank_inv_sqrt"):
+            out = getattr(family, name)(
+                *leaves, damping=damping, **({} if "mat" in name else {"check": False})
+            )
+            found += [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))[:2]]
+        logdet = family.lowrank_logdet(*leaves[1:], damping=damping, check=False)
+        found += [logdet.detach(), *torch.autograd.grad(logdet.sum(), leaves[1:])[:1]]
+        with torch.no_grad():
+            rows, weights = family.lowrank_update(leaves[1], s.to(where).abs(), leaves[0], decay=0.9)
+        return [
+            *found,
+            weights,
+            (weights.sqrt().reshape(*weights.shape, *[1] * (len(shape) - 1)) * rows).square(),
+        ]
+
+    return 0.1 * worst(run(device, dtype, mq), run("cpu", torch.float64, reference), dtype)
+
+
+RANKS = (1, 4, 16)
+
+
 def small(device: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> int:
     bad = 0
     for shape in shapes:
         errors = {f"lm {s} {m}": lm(shape, s, m, device) for s, m in PAIRS}
         errors |= {f"affine {k}": affine(shape, torch.float32, k, device) for k in (1, 3, 8)}
+        if math.prod(shape[1:]) > max(RANKS):
+            errors |= {f"lowrank {k}": lowrank(shape, k, torch.float32, device) for k in RANKS}
         for name, found in errors.items():
             if not found <= 1:
                 bad += 1
