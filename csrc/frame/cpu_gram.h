@@ -134,76 +134,139 @@ void gram_columns(const A* const* rows, int count, GramKind kind, int a0, int b0
   }
 }
 
-// All entries of a larger Gram, 4 × 4 at a time.
+// Row 0, or rows 0 and 1, with those behind.
 template <class A>
-void gram_tiles(const A* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
-  const auto at_most_4 = [](int left) { return left < 4 ? left : 4; };
-  if (kind != GramKind::full) {  // row 0, or rows 0 and 1, with those behind
-    if (kind == GramKind::two) gram_columns<A, 1>(rows, count, kind, 0, 1, 1, n, acc);
-    if (kind == GramKind::two) {
-      for (int b = 2; b < count; b += 4) gram_columns<A, 2>(rows, count, kind, 0, b, at_most_4(count - b), n, acc);
-    } else {
-      for (int b = 1; b < count; b += 8)
-        gram_columns<A, 1>(rows, count, kind, 0, b, count - b < 8 ? count - b : 8, n, acc);
-    }
-    return;
+void gram_heads(const A* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
+  if (kind == GramKind::two) {
+    gram_columns<A, 1>(rows, count, kind, 0, 1, 1, n, acc);
+    for (int b = 2; b < count; b += 4)
+      gram_columns<A, 2>(rows, count, kind, 0, b, count - b < 4 ? count - b : 4, n, acc);
+  } else {
+    for (int b = 1; b < count; b += 8)
+      gram_columns<A, 1>(rows, count, kind, 0, b, count - b < 8 ? count - b : 8, n, acc);
   }
+}
+
+// A lone last row with all rows: more sums than four at a time, or it would wait for each fma.
+template <class A>
+void gram_lone(const A* const* rows, int last, int64_t n, double (*acc)[kLanes]) {
+  constexpr GramKind kFull = GramKind::full;
+  for (int b = 0; b <= last; b += 8) {
+    if (last - b == 8) return gram_tile<A, 1, 9, false>(rows, last + 1, kFull, last, b, n, acc);
+    gram_columns<A, 1>(rows, last + 1, kFull, last, b, last + 1 - b < 8 ? last + 1 - b : 8, n, acc);
+  }
+}
+
+// All entries of a larger Gram, 4 × 4 at a time, group of rows by group: `first(a, na)` makes rows a … a + na − 1 ready and
+// takes their products with each other; `between()` is called after every tile.
+template <class A, class First, class Between>
+void gram_tiles(const A* const* rows, int count, int64_t n, double (*acc)[kLanes], const First& first,
+                const Between& between) {
+  constexpr GramKind kFull = GramKind::full;
   for (int a = 0; a < count; a += 4) {
-    const int na = at_most_4(count - a);
-    if (na == 1) {  // a lone row wants more sums than four at a time, or it waits for each fma
-      for (int b = 0; b <= a; b += 8) {
-        if (a - b == 8) {
-          gram_tile<A, 1, 9, false>(rows, count, kind, a, b, n, acc);
-          return;
-        }
-        gram_columns<A, 1>(rows, count, kind, a, b, a + 1 - b, n, acc);
-      }
-      return;
-    }
+    const int na = count - a < 4 ? count - a : 4;
+    first(a, na);
+    between();
+    if (na == 1) return gram_lone<A>(rows, a, n, acc);
     for (int b = 0; b < a; b += 4) {
       switch (na) {
-        case 2: gram_columns<A, 2>(rows, count, kind, a, b, 4, n, acc); break;
-        case 3: gram_columns<A, 3>(rows, count, kind, a, b, 4, n, acc); break;
-        default: gram_columns<A, 4>(rows, count, kind, a, b, 4, n, acc);
+        case 2: gram_columns<A, 2>(rows, count, kFull, a, b, 4, n, acc); break;
+        case 3: gram_columns<A, 3>(rows, count, kFull, a, b, 4, n, acc); break;
+        default: gram_columns<A, 4>(rows, count, kFull, a, b, 4, n, acc);
       }
-    }
-    switch (na) {
-      case 2: gram_tile<A, 2, 2, true>(rows, count, kind, a, a, n, acc); break;
-      case 3: gram_tile<A, 3, 3, true>(rows, count, kind, a, a, n, acc); break;
-      default: gram_tile<A, 4, 4, true>(rows, count, kind, a, a, n, acc);
+      between();
     }
   }
 }
 
-// Many rows of one chunk: read where they lie, or converted once to the wider type, block by block in the first cache,
-// because every row meets every other. `acc` begins at zero.
+template <class A>
+void gram_diagonal(const A* const* rows, int count, int a, int na, int64_t n, double (*acc)[kLanes]) {
+  switch (na) {
+    case 1: return;  // with its row
+    case 2: return gram_tile<A, 2, 2, true>(rows, count, GramKind::full, a, a, n, acc);
+    case 3: return gram_tile<A, 3, 3, true>(rows, count, GramKind::full, a, a, n, acc);
+    default: return gram_tile<A, 4, 4, true>(rows, count, GramKind::full, a, a, n, acc);
+  }
+}
+
+// The same for n elements of four rows of T at `from`, which are kept as A at `to`: conversion in the shadow of the fmas.
 template <class T, class A>
-void gram_blocks(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
-  constexpr int kStep = kWidth<A>;
-  if constexpr (sizeof(A) == sizeof(T)) {
-    const int64_t whole = n / kStep * kStep;
-    gram_tiles<A>(rows, count, kind, whole, acc);
-    if (whole == n) return;
-    const Tail<T, kMaxVectors> tail(rows, count, whole, n - whole);
-    gram_tiles<A>(tail.rows, count, kind, kStep, acc);
-  } else {
-    constexpr int kBlock = 128;
-    alignas(64) A block[kMaxVectors][kBlock];
-    const A* at[kMaxVectors];
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-      const int64_t m = n - begin < kBlock ? n - begin : kBlock, whole = m / kStep * kStep;
-      for (int j = 0; j < count; ++j) {
-        at[j] = block[j];
-        for (int64_t i = 0; i < whole; i += kStep) store(block[j] + i, load_row<A>(rows[j] + begin + i));
-        if (whole < m)
-          for (int64_t i = whole; i < whole + kStep; ++i)
-            block[j][i] = i < m ? static_cast<A>(rows[j][begin + i]) : A(0);
-        // The next block travels while this one is multiplied.
-        for (int64_t i = kBlock; i < 2 * kBlock; i += 64 / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(rows[j] + begin + i);
-      }
-      gram_tiles<A>(at, count, kind, (m + kStep - 1) / kStep * kStep, acc);
+void gram_diagonal_converted(const T* const* from, int64_t at, A* const* to, int a, int64_t n, double (*acc)[kLanes]) {
+  Vec<A> sum[10];
+#pragma GCC unroll 10
+  for (int e = 0; e < 10; ++e) sum[e] = Vec<A>{};
+  for (int64_t i = 0; i < n; i += kWidth<A>) {
+    Vec<A> row[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      row[p] = load_row<A>(from[a + p] + at + i);
+      store(to[a + p] + i, row[p]);
+#pragma GCC unroll 4
+      for (int q = 0; q <= p; ++q) sum[p * (p + 1) / 2 + q] = fma(row[p], row[q], sum[p * (p + 1) / 2 + q]);
     }
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < 4; ++p)
+#pragma GCC unroll 4
+    for (int q = 0; q <= p; ++q) add_lanes(sum[p * (p + 1) / 2 + q], acc[entry_of(GramKind::full, 0, a + p, a + q)]);
+}
+
+// A stretch of a row in the wider type, padded with zeros to whole vectors.
+template <class T, class A>
+void convert_row(const T* from, int64_t m, A* to) {
+  const int64_t whole = m / kWidth<A> * kWidth<A>;
+  for (int64_t i = 0; i < whole; i += kWidth<A>) store(to + i, load_row<A>(from + i));
+  if (whole < m)
+    for (int64_t i = whole; i < whole + kWidth<A>; ++i) to[i] = i < m ? static_cast<A>(from[i]) : A(0);
+}
+
+// Many rows of one chunk in their own type. `acc` begins at zero.
+template <class T>
+void gram_in_place(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
+  const auto all = [&](const T* const* from, int64_t length) {
+    if (kind != GramKind::full) return gram_heads<T>(from, count, kind, length, acc);
+    gram_tiles<T>(
+        from, count, length, acc, [&](int a, int na) { gram_diagonal<T>(from, count, a, na, length, acc); }, [] {});
+  };
+  const int64_t whole = n / kWidth<T> * kWidth<T>;
+  all(rows, whole);
+  if (whole == n) return;
+  const Tail<T, kMaxVectors> tail(rows, count, whole, n - whole);
+  all(tail.rows, kWidth<T>);
+}
+
+// The same in a wider type: rows are converted once, block by block in the first cache, because every row meets every other.
+template <class T, class A>
+void gram_converted(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
+  constexpr int kBlock = 128;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  alignas(64) A block[kMaxVectors][kBlock];
+  A* at[kMaxVectors];
+  for (int j = 0; j < count; ++j) at[j] = block[j];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t m = n - begin < kBlock ? n - begin : kBlock, padded = (m + kWidth<A> - 1) / kWidth<A> * kWidth<A>;
+    const auto convert = [&](int a, int na) {
+      for (int j = a; j < a + na; ++j) convert_row(rows[j] + begin, m, at[j]);
+    };
+    if (kind != GramKind::full) {
+      convert(0, count);
+      gram_heads<A>(at, count, kind, padded, acc);
+      continue;
+    }
+    int next = 0;  // the next block travels, a row or two after each tile
+    const auto prefetch = [&] {
+      for (int row = next; row < next + 2 && row < count; ++row)
+        for (int64_t i = kBlock; i < 2 * kBlock; i += kLine) __builtin_prefetch(rows[row] + begin + i);
+      next += 2;
+    };
+    gram_tiles<A>(
+        at, count, padded, acc,
+        [&](int a, int na) {
+          if (na == 4 && m == kBlock) return gram_diagonal_converted<T, A>(rows, begin, at, a, m, acc);
+          convert(a, na);
+          gram_diagonal<A>(at, count, a, na, padded, acc);
+        },
+        prefetch);
   }
 }
 
@@ -213,7 +276,11 @@ void gram_many(const T* const* rows, int count, GramKind kind, int64_t n, double
   double own[kMaxGram][kLanes];
   const int entries = entries_of(kind, count);
   __builtin_memset(own, 0, sizeof(own[0]) * static_cast<uint64_t>(entries));
-  gram_blocks<T, A>(rows, count, kind, n, own);
+  if constexpr (sizeof(A) == sizeof(T)) {
+    gram_in_place<T>(rows, count, kind, n, own);
+  } else {
+    gram_converted<T, A>(rows, count, kind, n, own);
+  }
   for (int e = 0; e < entries; ++e)
     for (int lane = 0; lane < kLanes; ++lane) acc[e][lane] += own[e][lane];
 }
