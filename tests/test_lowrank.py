@@ -140,6 +140,14 @@ class TestInvSqrtTraced(Traced):
     op = op_of(INV_SQRT)
 
 
+@pytest.fixture
+def quick_set(request):
+    """In the quick set the definition does not walk through the whole range."""
+    full = request.config.getoption("--full") or os.environ.get("FULL") == "1"
+    if request.node.callspec.params["target"].backend == "reference" and not full:
+        pytest.skip("slow: run with --full")
+
+
 @functools.cache
 def hard_problem(hard: cases.Hard, variant: int):
     v, U, damping = hard.make()
@@ -152,6 +160,7 @@ def _hard() -> list:
 
 
 @pytest.mark.accuracy
+@pytest.mark.usefixtures("quick_set")
 class TestFloors:
     """The stated range in float32: norm-wise 2e-7 against the exact result for the given data."""
 
@@ -194,6 +203,7 @@ class TestFloors:
 
 
 @pytest.mark.accuracy
+@pytest.mark.usefixtures("quick_set")
 class TestOdd:
     """Duplicates, zeros, repeated eigenvalues, barely definite matrices, k = 0 and 16, ragged sizes."""
 

@@ -138,9 +138,14 @@ def _apply(
     checks.batched(op, argument, v, batch_dims)
     k = checks.stack(op, U, argument, v, batch_dims)
     coef = scalars.with_weights(op, ("damping",), (damping,), s, k, v, batch_dims)
-    check = check and not torch.compiler.is_compiling()  # a traced program does not raise
+    check = check and _raises()
     made: tuple[Tensor, Tensor] = APPLY.call(v, U, coef, variant, check, batch_dims)
     return made
+
+
+def _raises() -> bool:
+    """Whether `check` counts: traced programs and transformed functions do not raise."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def _info(info: Tensor, batch_dims: int) -> Tensor:
@@ -303,7 +308,7 @@ def lowrank_logdet(
         checks.lowrank_scalars(op, coef, 0, True)
         found = torch.stack([size * numbers.log(), torch.zeros_like(numbers)], dim=1)
     else:
-        found = LOGDET.call(U, coef, check and not torch.compiler.is_compiling(), batch_dims)
+        found = LOGDET.call(U, coef, check and _raises(), batch_dims)
     value, info = found[:, 0], found[:, 1:]
     value = value if batch_dims else value[0]
     return (value, _info(info, batch_dims)) if return_info else value

@@ -115,13 +115,14 @@ def square_root(M: Tensor) -> Tensor:
     k = M.shape[-1]
     eye = identity_like(M)
     X, P = M, M
-    for _ in range(16):
+    for step in range(13):
         inverse = torch.linalg.inv(P)
-        # Scaling by the determinant brings the eigenvalues of P near 1 in a few steps.
-        scale = P.detach().det().abs().clamp(1e-300, 1e300) ** (-0.5 / k)
-        scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))[:, None, None]
-        X = 0.5 * scale * X @ (eye + inverse / (scale * scale))
-        P = 0.5 * (eye + 0.5 * (scale * scale * P + inverse / (scale * scale)))
+        if step < 7:  # scaled by the determinant, so that the eigenvalues of P come near 1 in a few steps
+            scale = P.detach().det().abs().clamp(1e-300, 1e300) ** (-0.5 / k)
+            scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))[:, None, None]
+            X, P, inverse = scale * X, scale * scale * P, inverse / (scale * scale)
+        X = 0.5 * X @ (eye + inverse)
+        P = 0.5 * (eye + 0.5 * (P + inverse))
     return X
 
 
