@@ -218,7 +218,7 @@ class Explanation:
     """What `explain` found: the backend that a call would take, why others do not, and which inputs are copied.
 
     `plan` says how the CUDA kernels would be launched: which variant of them, on how many CTAs, in how much shared
-    memory.
+    memory; of the Triton kernels only what is no kernel of theirs.
     """
 
     op: str
@@ -296,6 +296,10 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     plan = None
     if backend == "cuda" or (backend == "cpu" and _native.emulated()):
         plan = _plan(op, name, args, kwargs)
+    if backend == "triton":
+        from . import triton_kernels
+
+        plan = triton_kernels.plan(name)
     return Explanation(name, backend, why, copies, plan)
 
 
