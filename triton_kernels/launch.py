@@ -77,7 +77,7 @@ def choose_stack(size: int, rows: int, gram: bool) -> FrameConfig:
     A Gram keeps four such blocks of sums, C·rows one. Samples are cut into chunks of 2048 elements or more: these
     kernels never take Gram and apply in one launch, so few samples may still fill the device.
     """
-    block = min(256, 2048 // rows) if gram else min(1024, 8192 // rows)
+    block = min(512 if rows < 4 else 256, 2048 // rows) if gram else min(1024, 8192 // rows)
     while block > 32 and block >= 2 * size:
         block //= 2
     num_warps = max(1, min(8, rows * block // (128 if gram else 256)))

@@ -91,7 +91,8 @@ SLOW = [
 # promise: tiled_gram_kernel<gram-18> stack<=544
 # promise: matrix_apply_kernel threads=256 ctas>=1 wide=-
 # promise: stack_gram_kernel threads=256 ctas>=1 wide=LDG.128 narrow=32
-# promise: stack_gram_kernel<lowrank-solve-1> threads=64 ctas>=8
+# promise: stack_gram_kernel<lowrank-solve-1> threads=128 ctas>=4
+# promise: stack_gram_kernel<lowrank-solve-bfloat16> wide=LDG.64
 # promise: stack_gram_kernel<lowrank-solve-ragged> wide=-
 # promise: stack_apply_kernel threads=256 ctas>=1 wide=STG.128
 # promise: stack_apply_kernel<lowrank-product-?> threads=128 ctas>=8 wide=LDG.128,STG.128
