@@ -5,6 +5,10 @@ maps      the scalar maps of the ops, in float64 scalars
 rows      blocks of a sample's vectors: loads, residuals, dot products, stores
 kernels   the heavy stages with up to ten vectors in registers: Gram, apply
 generic   the same stages for any matrix: up to 18 vectors in, 17 out, prologue, clamp
+stack     Gram and apply over a stack of rows, in float64
+small     the k × k stage of the low-rank Hessian: signed LDLᵀ, products, solves, determinants
+spectrum  its eigenproblems, by torch.linalg: inverse roots, the update
+lowrank   the entry points of the low-rank Hessian
 layout    which memory order a call walks, and which inputs it has to copy
 launch    block sizes, splits, and the passing of float64 scalars
 frame     the entry points
@@ -29,6 +33,17 @@ def available() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "no CUDA device is visible (TRITON_INTERPRET=1 runs the kernels on the CPU)"
     return True, ""
+
+
+_EIGEN = (
+    "Triton launches around a k x k eigenproblem of torch.linalg.eigh, which waits for the device: "
+    "no CUDA graph can capture it"
+)
+
+
+def plan(op: str) -> str | None:
+    """What `marquardt.explain` says of how an op runs here; None where it is Triton launches alone."""
+    return _EIGEN if op in ("lowrank_inv_sqrt", "lowrank_update") else None
 
 
 def register() -> None:

@@ -1,5 +1,7 @@
 """Entry points of the frame engine, T ↦ C(T Tᵀ)·T per sample, with the schemas of `marquardt::*`.
 
+Those of the low-rank Hessian are in lowrank.py.
+
 `coef` is float64: [m] on the CPU, shared by the batch, or [B, m] beside the data. Samples lie behind the first
 `batch_dims` (0 or 1) dimensions. Arguments are taken as checked by the public functions.
 """
@@ -16,6 +18,7 @@ from .generic import frame_apply, frame_gram
 from .kernels import apply_kernel, gram_kernel, merge_kernel
 from .launch import FrameConfig, Scalars
 from .layout import Layout
+from .lowrank import lowrank_apply, lowrank_logdet, lowrank_logdet_vjp, lowrank_update, lowrank_vjp
 
 Tensor = torch.Tensor
 
@@ -28,6 +31,11 @@ __all__ = [
     "lm_direction",
     "lm_direction_backward",
     "lm_direction_jvp",
+    "lowrank_apply",
+    "lowrank_logdet",
+    "lowrank_logdet_vjp",
+    "lowrank_update",
+    "lowrank_vjp",
 ]
 
 AFFINE, FORWARD, BACKWARD, JVP = (

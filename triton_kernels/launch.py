@@ -67,6 +67,26 @@ def choose(size: int, vectors: int, gram: bool, double: bool) -> FrameConfig:
     return FrameConfig(block, num_warps, per_chunk * block, -(-blocks // per_chunk))
 
 
+def power_of_two(n: int) -> int:
+    """`n` rounded up to a power of two, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def choose_stack(size: int, rows: int, gram: bool) -> FrameConfig:
+    """The launch for two-dimensional blocks of `rows` (a power of two) × block elements, in float64.
+
+    A Gram keeps four such blocks of sums, C·rows one. Samples are cut into chunks of 2048 elements or more: these
+    kernels never take Gram and apply in one launch, so few samples may still fill the device.
+    """
+    block = min(512 if rows < 4 else 256, 2048 // rows) if gram else min(1024, 8192 // rows)
+    while block > 32 and block >= 2 * size:
+        block //= 2
+    num_warps = max(1, min(8, rows * block // (128 if gram else 256)))
+    blocks = max(1, -(-size // block))
+    per_chunk = max(-(-2048 // block), -(-blocks // MOST_SPLITS)) if gram else 1
+    return FrameConfig(block, num_warps, per_chunk * block, -(-blocks // per_chunk))
+
+
 def bits(value: float) -> int:
     """The IEEE pattern of a float64 as a signed 64-bit integer: Triton would pass a Python float as float32."""
     pattern: int = struct.unpack("<q", struct.pack("<d", value))[0]

@@ -41,6 +41,18 @@ def output_strides(first: Tensor) -> tuple[int, ...]:
     return tuple(first.stride()) if first.numel() > 0 and is_dense(first) else contiguous_strides(first.shape)
 
 
+def stack_strides(first: Tensor, count: int, batch_dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a stack [B, count, *sample] whose samples lie like those of `first`, if these are dense."""
+    shape = tuple(first.shape[batch_dims:])
+    inner = tuple(first.stride()[batch_dims:])
+    if first.numel() == 0 or not is_dense(torch.empty_strided(shape, inner, device="meta")):
+        inner = contiguous_strides(shape)
+    size = max(math.prod(shape), 1)
+    if batch_dims == 0:
+        return (count, *shape), (size, *inner)
+    return (first.shape[0], count, *shape), (max(count * size, 1), size, *inner)
+
+
 def same_order(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether strides a and b address `shape` alike (strides of dimensions of length 1 do not count)."""
     return all(n == 1 or s == t for n, s, t in zip(shape, a, b))
@@ -70,6 +82,15 @@ class Layout:
             return Layout(shape, batch_dims, batch, size, outer, plain)
         return Layout(shape, batch_dims, batch, size, outer, outer)
 
+    @staticmethod
+    def of_stack(first: Tensor, batch_dims: int) -> Layout:
+        """The layout of samples like `first` in stacks: each lies alone, dense in the order of its own."""
+        shape = tuple(first.shape)
+        size = math.prod(shape[batch_dims:])
+        inner = stack_strides(first, 1, batch_dims)[1]
+        inner = (size, *inner[2:]) if batch_dims else inner[1:]
+        return Layout(shape, batch_dims, shape[0] if batch_dims else 1, size, inner, inner)
+
     def stream(self, t: Tensor) -> tuple[Tensor, int]:
         """(t, its batch stride), copied only if its samples lie in another order."""
         k = self.batch_dims
@@ -81,6 +102,26 @@ class Layout:
         """(tensors, batch strides) as the kernels take them."""
         pairs = [self.stream(t) for t in tensors]
         return tuple(t for t, _ in pairs), tuple(s for _, s in pairs)
+
+    def stack(self, basis: Tensor) -> tuple[Tensor, int, int, int]:
+        """(basis, its stride from sample to sample, from row to row, k) of [B, k, *sample] or a shared [k, *sample]."""
+        order = self.inner[self.batch_dims :]
+        at = basis.dim() - len(order)  # 1: one stack for all samples
+        shape = tuple(basis.shape)
+        if not same_order(shape[at:], basis.stride()[at:], order):
+            row = max(self.size, 1)
+            strides = (shape[1] * row, row) if at == 2 else (row,)
+            basis = torch.empty_strided(
+                shape, (*strides, *order), dtype=basis.dtype, device=basis.device
+            ).copy_(basis)
+        own = at == 2 and self.batch > 1
+        return basis, basis.stride(0) if own else 0, basis.stride(at - 1), shape[at - 1]
+
+    def empty_stack(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What a kernel writes `count` rows a sample into."""
+        like = torch.empty_strided(self.shape, self.inner, dtype=dtype, device="meta")
+        shape, strides = stack_strides(like, count, self.batch_dims)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     def empty(self, like: Tensor) -> Tensor:
         """What a kernel writes into: the type of `like`."""

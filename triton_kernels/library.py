@@ -28,6 +28,11 @@ SCHEMAS = (
     "frame_apply(Tensor[] streams, Tensor matrix, Tensor? prologue, Tensor? clamp, Tensor? seed, bool ones,"
     " int batch_dims) -> Tensor[]",
     "frame_map(int op, int mode, Tensor gram, Tensor coef) -> Tensor",
+    "lowrank_apply(Tensor v, Tensor basis, Tensor coef, int variant, bool check, int batch_dims) -> (Tensor, Tensor)",
+    "lowrank_vjp(Tensor grad, Tensor v, Tensor basis, Tensor coef, int variant, int batch_dims) -> (Tensor, Tensor)",
+    "lowrank_logdet(Tensor basis, Tensor coef, bool check, int batch_dims) -> Tensor",
+    "lowrank_logdet_vjp(Tensor basis, Tensor coef, int batch_dims) -> (Tensor, Tensor)",
+    "lowrank_update(Tensor v, Tensor basis, Tensor coef, int rank, int batch_dims) -> (Tensor, Tensor)",
 )
 
 _libraries: list[torch.library.Library] = []
@@ -71,6 +76,24 @@ def _fake_gram(
     return _scalars(streams[0], _batch(streams[0], batch_dims), k, k)
 
 
+def _stack(first: Tensor, count: int, dtype: torch.dtype, batch_dims: int) -> Tensor:
+    shape, strides = layout.stack_strides(first, count, batch_dims)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=first.device)
+
+
+def _fake_lowrank_vjp(
+    grad: Tensor, v: Tensor, basis: Tensor, coef: Tensor, variant: int, batch_dims: int
+) -> tuple[Tensor, Tensor]:
+    rank = basis.shape[basis.dim() - (grad.dim() - batch_dims) - 1]
+    numbers = _scalars(grad, _batch(grad, batch_dims), coef.shape[-1])
+    return _stack(grad, rank, basis.dtype, batch_dims), numbers
+
+
+def _fake_logdet_vjp(basis: Tensor, coef: Tensor, batch_dims: int) -> tuple[Tensor, Tensor]:
+    rows = _stack(basis.select(batch_dims, 0), basis.shape[batch_dims], basis.dtype, batch_dims)
+    return rows, _scalars(basis, _batch(basis, batch_dims), coef.shape[-1] - 1)
+
+
 FAKES = {
     "lm_direction": lambda eps, prev, coef, mode, batch_dims: _like(eps),
     "lm_direction_backward": lambda grad, eps, prev, coef, mode, batch_dims: (
@@ -85,6 +108,17 @@ FAKES = {
     "frame_apply": lambda streams, matrix, *rest: [_like(streams[0]) for _ in range(matrix.shape[-2])],
     "frame_map": lambda op, mode, gram, coef: gram.new_empty(
         (gram.shape[0], {1: 2, 2: 6 + coef.shape[1], 3: 4}[op])
+    ),
+    "lowrank_apply": lambda v, basis, coef, variant, check, batch_dims: (
+        _like(v),
+        _scalars(v, _batch(v, batch_dims), 1),
+    ),
+    "lowrank_vjp": _fake_lowrank_vjp,
+    "lowrank_logdet": lambda basis, coef, check, batch_dims: _scalars(basis, _batch(basis, batch_dims), 2),
+    "lowrank_logdet_vjp": _fake_logdet_vjp,
+    "lowrank_update": lambda v, basis, coef, rank, batch_dims: (
+        _stack(v, rank, v.dtype, batch_dims),
+        _scalars(v, _batch(v, batch_dims), rank),
     ),
 }
 

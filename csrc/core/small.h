@@ -36,11 +36,13 @@ MQ_HOST_DEVICE inline void deal(const Team& team, int n, const F& f) {
 
 // A = L D Lᵀ in place for a symmetric A [n, n] whose pivot j must have the sign of sign[j] (±1): L below the diagonal, D on
 // it. With the positive signs first, such an A = [P, Q; Qᵀ, −R] has them all exactly if P and R + Qᵀ P⁻¹ Q are positive
-// definite. Returns 0, or j + 1 for the first pivot that fails (also where it is NaN).
+// definite. A = λJ + (positive semidefinite) has no positive pivot below λ: `floor` is that λ, and what rounding left below
+// it is lifted. Returns 0, or j + 1 for the first pivot that fails (also where it is NaN).
 template <class Team>
-MQ_SMALL int signed_ldl(const Team& team, int n, double* A, const double* sign) {
+MQ_SMALL int signed_ldl(const Team& team, int n, double* A, const double* sign, double floor) {
   for (int j = 0; j < n; ++j) {
-    const double d = A[j * kLd + j];
+    double d = A[j * kLd + j];
+    if (sign[j] > 0.0 && d < floor) d = floor;
     if (!(d * sign[j] > 0.0)) return j + 1;
     const int below = n - j - 1;
     const double inverse = 1.0 / d;
@@ -50,7 +52,13 @@ MQ_SMALL int signed_ldl(const Team& team, int n, double* A, const double* sign) 
       if (l <= i) A[i * kLd + l] -= A[i * kLd + j] * A[l * kLd + j] * inverse;
     });
     team.sync();
-    deal(team, below, [&](int i) { A[(j + 1 + i) * kLd + j] *= inverse; });
+    deal(team, below + 1, [&](int i) {
+      if (i == below) {
+        A[j * kLd + j] = d;
+      } else {
+        A[(j + 1 + i) * kLd + j] *= inverse;
+      }
+    });
     team.sync();
   }
   return 0;
@@ -70,18 +78,19 @@ MQ_SMALL void ldl_solve(const Team& team, int n, const double* A, double* X, int
 }
 
 // R [r, n] with A = Rᵀ R for a positive semidefinite A [n, n], which is overwritten: Cholesky with the largest pivot first,
-// until what is left is below `tiny` times the largest. piv[i] is the column that row i begins with: R[i, piv[l]] = 0 for
+// until what is left is below `tiny` times the largest; pivots below `floor` are lifted to it. piv[i] is the column that row i begins with: R[i, piv[l]] = 0 for
 // l < i. Returns the rank r; −1 where A holds a NaN or an infinity.
 template <class Team>
-MQ_SMALL int pivoted_cholesky(const Team& team, int n, double* A, double tiny, double* R, int* piv) {
+MQ_SMALL int pivoted_cholesky(const Team& team, int n, double* A, double tiny, double floor, double* R, int* piv) {
   double largest = 0.0;
   uint32_t taken = 0u;  // every lane keeps its own, all alike
   for (int i = 0; i < n; ++i) {
     int best = -1;
     double pivot = 0.0;
     for (int j = 0; j < n; ++j) {
-      const double d = A[j * kLd + j];
+      double d = A[j * kLd + j];
       if (!(d - d == 0.0)) return -1;
+      if (d < floor) d = floor;
       if (!(taken >> j & 1u) && d > pivot) best = j, pivot = d;
     }
     if (i == 0) largest = pivot;
@@ -117,7 +126,7 @@ MQ_HOST_DEVICE inline double row_dot(const double* x, const double* y, int n) {
 // Rotates two rows until they are orthogonal; true if they were not yet.
 MQ_SMALL bool rotate_rows(double* x, double* y, int n) {
   const double a = row_dot(x, x, n), b = row_dot(y, y, n), c = row_dot(x, y, n);
-  if (!(c * c > 1e-31 * a * b)) return false;  // a few units in the last place; NaN ends here too
+  if (!(std::fabs(c) > 3e-16 * std::sqrt(a) * std::sqrt(b))) return false;  // two units; NaN ends here too
   const double zeta = (b - a) / (2.0 * c);
   const double t = (zeta >= 0.0 ? 1.0 : -1.0) / (std::fabs(zeta) + std::sqrt(1.0 + zeta * zeta));
   const double cosine = 1.0 / std::sqrt(1.0 + t * t), sine = cosine * t;

@@ -412,7 +412,7 @@ class FrameRunner {
       const Scratch<T> scratch(scratch_buffers());
       for_each_sample(begin, end, chunks, [&](int64_t b, int64_t first, int64_t last) {
         FrameMap map;
-        map_sample(b, none, map);
+        frame_map(call_, none, parameters(b), map, first == 0 ? scalars(b) : nullptr);  // returned once per sample
         if (in_place_ && writes_in_place_) {
           const int64_t stop = last * kChunk < call_.size ? last * kChunk : call_.size;
           apply_range(b, first * kChunk, stop - first * kChunk, map, scratch);

@@ -149,7 +149,7 @@ int FrameLauncher::add_stack(const char* argument, const Tensor& stack) {
     in_order = in_order && (state_.sizes[d] == 1 || stride == walk_.strides[d]);
   }
   if (!in_order && view.numel() > 0) {
-    int64_t strides[kMaxDims];
+    int64_t strides[kMaxDims + 1];
     if (own && walk_.batch_dims == 1) strides[0] = k * call.size;
     strides[at] = call.size;
     for (int64_t d = walk_.batch_dims; d < state_.dims; ++d)

@@ -19,6 +19,11 @@ const char* name_of_variant(int64_t variant) {
   return kNames[variant];
 }
 
+// Whether s_j is refused: NaN that belongs to one sample of many is data, as an update of bad data leaves it.
+bool bad_weight(const FrameLauncher& launcher, double s) {
+  return std::isnan(s) ? launcher.call.parameter_stride == 0 : std::isinf(s);
+}
+
 // Of those that the host knows: on a GPU a bad number spoils its sample and nothing is raised.
 void check_scalars(const char* op, const FrameLauncher& launcher, int k, bool positive) {
   for (int64_t b = 0; b < launcher.readable_rows(); ++b) {
@@ -26,7 +31,7 @@ void check_scalars(const char* op, const FrameLauncher& launcher, int k, bool po
     if (!std::isfinite(p[0]) || p[0] < 0.0 || (positive && p[0] == 0.0))
       value_error(op, "damping", positive ? "be finite and > 0" : "be finite and >= 0", p[0]);
     for (int j = 0; j < k; ++j)
-      if (!std::isfinite(p[1 + j])) value_error(op, "s", "be finite", p[1 + j]);
+      if (bad_weight(launcher, p[1 + j])) value_error(op, "s", "be finite", p[1 + j]);
   }
 }
 
@@ -133,7 +138,7 @@ std::tuple<Tensor, Tensor> update(const Tensor& v, const Tensor& basis, const Te
   for (int64_t b = 0; b < launcher.readable_rows(); ++b) {
     const double* p = launcher.parameter_row(b);
     for (int j = 0; j < k + 2; ++j)
-      if (!std::isfinite(p[j]) || p[j] < 0.0)
+      if ((j < 2 ? !std::isfinite(p[j]) : bad_weight(launcher, p[j])) || p[j] < 0.0)
         value_error(op, j == 0 ? "decay" : j == 1 ? "weight" : "s", "be finite and >= 0", p[j]);
   }
   Tensor rows = launcher.output_stack(static_cast<int>(rank), launcher.state().dtype);

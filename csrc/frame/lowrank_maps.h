@@ -49,6 +49,12 @@ MQ_SMALL void spoil(const Team& team, const FrameCall& call, FrameMap& map) {
   deal(team, call.outputs * call.rows, [&](int e) { map.c[e / call.rows][e % call.rows] = kNan; });
 }
 
+// Whether a coefficient is beyond what float32 holds with all its digits.
+MQ_MAP bool beyond_float(double c) {
+  const double size = std::fabs(c);
+  return size > 3e38 || (size < 1e-37 && size != 0.0);
+}
+
 // Whether Σ_j c_j r_j loses digits that float32 sums would miss: ‖Σ c_j r_j‖² from the Gram against Σ ‖c_j r_j‖².
 template <class Team>
 MQ_SMALL bool cancels(const Team& team, int rows, const double* gram, const double* c, LowRankWork& w) {
@@ -60,9 +66,13 @@ MQ_SMALL bool cancels(const Team& team, int rows, const double* gram, const doub
   });
   team.sync();
   double whole = 0.0, parts = 0.0;
-  for (int j = 0; j < rows; ++j) whole += w.x[j], parts += w.y[j];
+  bool beyond = false;
+  for (int j = 0; j < rows; ++j) {
+    whole += w.x[j], parts += w.y[j];
+    beyond = beyond || beyond_float(c[j]);
+  }
   team.sync();
-  return !(parts <= 2.0 * whole);
+  return beyond || !(parts <= 2.0 * whole);
 }
 
 // A = λJ + T G T with T = √|s| and J the signs of s, rows of positive s first, factorised; order[i] is the row of U that
@@ -89,7 +99,7 @@ MQ_SMALL int factorise(const Team& team, int k, int head, const double* gram, do
     w.A[i * kLd + j] = w.t[i] * g * w.t[j] + (i == j ? lambda * w.sign[i] : 0.0);
   });
   team.sync();
-  const int failed = signed_ldl(team, k, w.A, w.sign);
+  const int failed = signed_ldl(team, k, w.A, w.sign, lambda);
   return failed == 0 ? 0 : w.order[failed - 1] + 1;
 }
 
@@ -117,7 +127,7 @@ MQ_SMALL int spectrum(const Team& team, int k, int head, const double* gram, dou
   constexpr double kTiny = 2e-14;  // squares; what is below is rounding of the Gram
   deal(team, k * k, [&](int e) { w.A[e / k * kLd + e % k] = gram_at(gram, head + e / k, head + e % k); });
   team.sync();
-  const int r = pivoted_cholesky(team, k, w.A, kTiny, w.R, w.piv);
+  const int r = pivoted_cholesky(team, k, w.A, kTiny, 0.0, w.R, w.piv);
   if (r < 0) return -1;
   deal(team, r * r, [&](int e) {
     const int i = e / r, l = e % r;
@@ -126,8 +136,9 @@ MQ_SMALL int spectrum(const Team& team, int k, int head, const double* gram, dou
     w.A[i * kLd + l] = sum;
   });
   team.sync();
-  int* const order = w.order;
-  const int found = pivoted_cholesky(team, r, w.A, 0.0, w.Z, order);
+  bool mixed = false;
+  for (int j = 0; j < k; ++j) mixed = mixed || s[j] < 0.0;
+  const int found = pivoted_cholesky(team, r, w.A, 0.0, mixed ? 0.0 : lambda, w.Z, w.order);
   if (found < 0) return -1;
   if (found < r) return -2;
   orthogonalise_rows(team, r, r, w.Z, w.x);
@@ -245,11 +256,12 @@ MQ_SMALL void lowrank_value(const Team& team, const FrameCall& call, const doubl
                                  : inv_sqrt_coefficients(team, k, gram, p, c, w);
     } else if (team.lane() == 0) {
       c[0] = call.mode == kSolve ? 1.0 / p[0] : 1.0 / std::sqrt(p[0]);
+      map.wide = beyond_float(c[0]);
     }
-    if (info == 0) {
-      const bool wide = k > 0 && cancels(team, k + 1, gram, c, w);
+    if (info == 0 && k > 0) {
+      const bool wide = cancels(team, k + 1, gram, c, w);
       if (team.lane() == 0) map.wide = wide;
-    } else {
+    } else if (info != 0) {
       spoil(team, call, map);
       info = info_of(info, call, gram, p);
     }
@@ -420,13 +432,13 @@ template <class Team>
 MQ_SMALL void logdet_value(const Team& team, const FrameCall& call, const double* gram, const double* p,
                            double* scalars, LowRankWork& w) {
   const int k = call.rows;
-  int info = p[0] > 0.0 ? factorise(team, k, 0, gram, p[0], p + 1, w) : -1;
-  deal(team, k, [&](int i) { w.x[i] = std::log(std::fabs(w.A[i * kLd + i]) / p[0]); });
+  const int info = p[0] > 0.0 ? factorise(team, k, 0, gram, p[0], p + 1, w) : -1;
+  if (info == 0) deal(team, k, [&](int i) { w.x[i] = std::log(std::fabs(w.A[i * kLd + i]) / p[0]); });
   team.sync();
   if (team.lane() != 0 || scalars == nullptr) return;
-  double sum = static_cast<double>(call.size) * std::log(p[0]);
-  for (int i = 0; i < k; ++i) sum += w.x[i];
-  scalars[0] = info == 0 ? sum : kNan;
+  double sum = info == 0 ? static_cast<double>(call.size) * std::log(p[0]) : kNan;
+  for (int i = 0; i < k && info == 0; ++i) sum += w.x[i];
+  scalars[0] = sum;
   scalars[1] = info == 0 ? 0 : info_of(info, call, gram, p);
 }
 
@@ -477,7 +489,7 @@ MQ_SMALL void update_map(const Team& team, const FrameCall& call, const double* 
   team.sync();
   deal(team, n * n, [&](int e) { w.A[e / n * kLd + e % n] = w.t[e / n] * gram_at(gram, e / n, e % n) * w.t[e % n]; });
   team.sync();
-  const int r = pivoted_cholesky(team, n, w.A, 1e-15, w.Z, w.piv);
+  const int r = pivoted_cholesky(team, n, w.A, 1e-15, 0.0, w.Z, w.piv);
   if (r < 0) {
     spoil(team, call, map);
     if (scalars != nullptr) deal(team, m, [&](int i) { scalars[i] = kNan; });
@@ -507,12 +519,12 @@ MQ_SMALL void update_map(const Team& team, const FrameCall& call, const double* 
     double size = 0.0;
     for (int j = 0; j < n; ++j) {
       c[j] = w.t[j] * z[j] * inverse;
-      size += c[j] * c[j] * gram_at(gram, j, j);
+      size += beyond_float(c[j]) ? kNan : c[j] * c[j] * gram_at(gram, j, j);
       if (std::fabs(c[j]) > std::fabs(c[top])) top = j;
     }
     if (c[top] < 0.0)
       for (int j = 0; j < n; ++j) c[j] = -c[j];
-    w.y[i] = size;  // ‖row‖ = 1: more than 2 means that parts cancel
+    w.y[i] = size;  // ‖row‖ = 1: more than 2 means that parts cancel; NaN, that float32 is too narrow
   });
   team.sync();
   if (team.lane() == 0) {

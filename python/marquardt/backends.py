@@ -218,7 +218,7 @@ class Explanation:
     """What `explain` found: the backend that a call would take, why others do not, and which inputs are copied.
 
     `plan` says how the CUDA kernels would be launched: which variant of them, on how many CTAs, in how much shared
-    memory.
+    memory; of the Triton kernels only what is no kernel of theirs.
     """
 
     op: str
@@ -298,6 +298,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         ]
     if not tensors:
         raise ValueError("explain: args must hold a tensor, got none")
+    if public == "lowrank_update":  # the kernel walks like v, which stands behind U and s
+        tensors.sort(key=lambda pair: pair[0] not in ("v", "argument 2"))
     first = tensors[0][1]
     why = reasons(name, first.device)
     candidates = [forced()] if forced() else PREFERENCE.get(first.device.type, _ELSEWHERE)
@@ -308,6 +310,10 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     plan = None
     if backend == "cuda" or (backend == "cpu" and _native.emulated()):
         plan = _plan(op, public, args, kwargs)
+    if backend == "triton":
+        from . import triton_kernels
+
+        plan = triton_kernels.plan(public)
     return Explanation(public, backend, why, copies, plan)
 
 

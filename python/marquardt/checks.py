@@ -294,8 +294,13 @@ def lowrank_scalars(op: str, coef: Any, k: int, positive: bool) -> None:
         if not 0.0 <= row[0] < math.inf or (positive and row[0] == 0.0):
             raise errors.value(op, "damping", f"be finite and {'>' if positive else '>='} 0", row[0])
         for x in row[1 : 1 + k]:
-            if not math.isfinite(x):
+            if _bad_weight(coef, x):
                 raise errors.value(op, "s", "be finite", x)
+
+
+def _bad_weight(coef: Any, x: float) -> bool:
+    """NaN that belongs to one sample of many is data, as an update of bad data leaves it."""
+    return coef.dim() == 1 if math.isnan(x) else math.isinf(x)
 
 
 def lowrank_apply(v: Any, basis: Any, coef: Any, variant: int, check: bool, batch_dims: int) -> None:
@@ -353,5 +358,5 @@ def lowrank_update(v: Any, basis: Any, coef: Any, rank: int, batch_dims: int) ->
     coefficients(op, coef, 2 + k, v, batch_dims)
     for row in host_values(coef):
         for j, x in enumerate(row):
-            if not 0.0 <= x < math.inf:
+            if (not math.isfinite(x) if j < 2 else _bad_weight(coef, x)) or x < 0.0:
                 raise errors.value(op, ("decay", "weight", "s")[min(j, 2)], "be finite and >= 0", x)

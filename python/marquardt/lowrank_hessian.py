@@ -32,7 +32,8 @@ class LowRankHessian(torch.nn.Module):
 
     Args:
         rank: rows kept, at most 16.
-        damping: λ: number, 0-dim tensor or [B]; an attribute, to be changed as one likes (see `update_damping`).
+        damping: λ: number, 0-dim tensor or [B]; an attribute, to be changed as one likes (see `update_damping`). Under
+            `torch.compile` make it a 0-dim tensor: a number that changes is another graph.
         decay: in [0, 1]: what is left of the past at each update; weight: of the new vector.
 
     >>> import torch, marquardt as mq
@@ -100,7 +101,9 @@ class LowRankHessian(torch.nn.Module):
         U, s = self._kept("trace")
         squares = U.double().square().reshape(*s.shape, -1).sum(-1)
         size = batch_and_size(U.select(self.batch_dims, 0), self.batch_dims)[1]
-        return self.damping * size + (s * squares).sum(-1)
+        damping = self.damping
+        damping = damping.to(s) if isinstance(damping, Tensor) else damping
+        return damping * size + (s * squares).sum(-1)
 
     def _kept(self, call: str) -> tuple[Tensor, Tensor]:
         if self.U is None or self.s is None:
@@ -129,26 +132,58 @@ class LowRankHessian(torch.nn.Module):
             raise errors.kind(op, argument, rule, checks.name(v.dtype))
         return self.U, self.s
 
+    def _apply(self, fn: Any, recurse: bool = True) -> LowRankHessian:
+        """A change of dtype is one of U: eigenvalues range over more than a narrow type holds."""
+        s = self.s
+        super()._apply(fn, recurse)
+        if s is not None and self.s is not None and self.s.dtype != torch.float64:
+            self.s = s.to(self.s.device)
+        return self
+
+    def _numbers(self) -> list[str]:
+        return [name for name in ("damping", "decay", "weight") if name not in self._parameters]
+
     def get_extra_state(self) -> dict[str, Any]:
         """The numbers, for `state_dict`."""
-        numbers = {name: getattr(self, name) for name in ("damping", "decay", "weight")}
+        numbers = {name: getattr(self, name) for name in self._numbers()}
         return {
-            k: v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+            k: v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
             for k, v in numbers.items()
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """The numbers from a `state_dict`; a plain number stays one."""
-        for name, value in state.items():
-            plain = not isinstance(getattr(self, name), Tensor) and value.dim() == 0
-            setattr(self, name, value.item() if plain else value)
+        for name in self._numbers():
+            if name not in state:
+                continue
+            value, old = state[name], getattr(self, name)
+            if not isinstance(old, Tensor) and value.dim() == 0:
+                setattr(self, name, value.item())
+            else:
+                setattr(
+                    self,
+                    name,
+                    value.detach().clone().to(old.device if isinstance(old, Tensor) else value.device),
+                )
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """A state of any shape is taken as it is; one without vectors empties this module."""
-        for name in ("U", "s"):
-            kept = state_dict.get(prefix + name)
-            setattr(self, name, None if kept is None else torch.empty_like(kept))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local: Any,
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
+    ) -> None:
+        """A state of any shape is taken, to the device of the present one; one without vectors empties this module."""
+        kept = {name: state_dict.get(prefix + name) for name in ("U", "s")}
+        device = None if self.U is None else self.U.device
+        for name, tensor in kept.items():
+            setattr(self, name, None if tensor is None else torch.empty_like(tensor, device=device))
+        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, *rest)
+        if (kept["U"] is None) != (kept["s"] is None):
+            missing.append(prefix + ("U" if kept["U"] is None else "s"))
+            self.reset()
 
 
 def update_damping(
@@ -190,6 +225,7 @@ def update_damping(
         return x if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64, device=device)
 
     kept = tensor(damping)
+    kept = kept if kept.is_floating_point() else kept.double()
     ratio = tensor(actual) / tensor(predicted)
-    factor = torch.where(ratio > high, down, torch.where(ratio >= low, 1.0, up))
-    return kept * factor.to(kept.dtype)
+    same = torch.ones_like(ratio, dtype=kept.dtype)
+    return kept * torch.where(ratio > high, down * same, torch.where(ratio >= low, same, up * same))

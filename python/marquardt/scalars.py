@@ -43,13 +43,25 @@ def _remember(values: tuple[float, ...]) -> Tensor:
     return made
 
 
-def pack(op: str, names: Sequence[str], values: Sequence[Scalar], like: Tensor, batch_dims: int) -> Tensor:
-    """The `coef` of `values`, one column each; differentiable in every tensor among them."""
+def pack(
+    op: str,
+    names: Sequence[str],
+    values: Sequence[Scalar],
+    like: Tensor,
+    batch_dims: int,
+    beside: bool = False,
+) -> Tensor:
+    """The `coef` of `values`, one column each; differentiable in every tensor among them.
+
+    `beside`: per sample and beside the data whatever the values are; numbers of the host get there without a copy.
+    """
     batch = batch_and_size(like, batch_dims)[0]
     columns = [_column(op, name, v, batch, batch_dims) for name, v in zip(names, values, strict=True)]
-    if not any(isinstance(c, Tensor) for c in columns):
+    if not beside and not any(isinstance(c, Tensor) for c in columns):
         return of_floats(tuple(columns))  # type: ignore[arg-type]
-    shared = all(not isinstance(c, Tensor) or (c.dim() == 0 and c.device.type == "cpu") for c in columns)
+    shared = not beside and all(
+        not isinstance(c, Tensor) or (c.dim() == 0 and c.device.type == "cpu") for c in columns
+    )
     device = torch.device("cpu") if shared or like.device.type == "mps" else like.device
     tensors = [
         c.to(device=device, dtype=torch.float64)
@@ -87,6 +99,8 @@ def _column(op: str, name: str, value: Scalar, batch: int, batch_dims: int) -> f
             else "be a number or a 0-dim tensor"
         )
         raise errors.value(op, name, rule, list(value.shape))
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return float(value)  # first: a symbolic float of torch.compile cannot be asked for attributes
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         if not isinstance(value, torch.SymFloat) and not isinstance(value, torch.SymInt):
             raise errors.kind(op, name, "be a number or a tensor", type(value).__name__)
@@ -100,16 +114,14 @@ def with_weights(
     """(numbers…, s_1 … s_k), float64: [m] on the CPU where all of it lies there, else [B, m] beside the data."""
     if s is None and all(type(n) is float for n in numbers):
         return of_floats((*numbers, *(1.0,) * k))  # type: ignore[arg-type]
-    head = pack(op, names, numbers, like, batch_dims)
     batch, _ = batch_and_size(like, batch_dims)
-    if s is None:
-        weights = torch.ones(k, dtype=torch.float64, device=head.device)
-    else:
+    if s is not None:
         _check_weights(op, s, k, like, batch, batch_dims)
-        weights = s.to(torch.float64)
-    if head.dim() == 1 and weights.dim() == 1 and weights.device.type == "cpu":
+    on_host = s is None or (s.dim() == 1 and s.device.type == "cpu")
+    head = pack(op, names, numbers, like, batch_dims, beside=not on_host)
+    weights = torch.ones(k, dtype=torch.float64, device=head.device) if s is None else s.to(torch.float64)
+    if head.dim() == 1:
         return torch.cat([head, weights])
-    head = _beside(head, like, batch)
     return torch.cat([head, _beside(weights, like, batch)], dim=1)
 
 

@@ -41,6 +41,10 @@ QUICK = [
     "ragged",
     "bfloat16",
     "float64",
+    "lowrank-product-4",
+    "lowrank-solve-4",
+    "lowrank-vjp-4",
+    "lowrank-logdet-4",
 ]
 SLOW = [
     "direction-1",
@@ -55,11 +59,23 @@ SLOW = [
     "gram-18",
     "apply-18",
     "map",
+    "lowrank-product-16",
+    "lowrank-product-vjp-16",
+    "lowrank-solve-1",
+    "lowrank-solve-16",
+    "lowrank-solve-bfloat16",
+    "lowrank-solve-float64",
+    "lowrank-solve-ragged",
+    "lowrank-vjp-16",
+    "lowrank-logdet-16",
+    "lowrank-logdet-vjp-4",
+    "lowrank-logdet-vjp-16",
 ]
 
 # What the kernels promise (build_tools/promises.py), <case> in place of template arguments. A sample of D + 1 elements
 # is aligned to 4 bytes alone. The kernels of 8 rows and more walk in steps of 64 bits, and the prologue of 18 × 18
-# coefficients is more than the registers hold.
+# coefficients is more than the registers hold. Those over a stack sum in float64: a head, which all warps read alike,
+# is read 32 bits a lane. With one row ptxas spills 8 bytes on sm_100, at 47 registers.
 #
 # promise: gram_kernel threads=256 ctas>=2 wide=LDG.128
 # promise: gram_kernel<jvp-?> ctas>=1
@@ -74,6 +90,18 @@ SLOW = [
 # promise: tiled_gram_kernel threads=256 ctas>=1 wide=-
 # promise: tiled_gram_kernel<gram-18> stack<=544
 # promise: matrix_apply_kernel threads=256 ctas>=1 wide=-
+# promise: stack_gram_kernel threads=256 ctas>=1 wide=LDG.128 narrow=32
+# promise: stack_gram_kernel<lowrank-solve-1> threads=128 ctas>=4 stack<=8@100
+# promise: stack_gram_kernel<lowrank-solve-bfloat16> wide=LDG.64
+# promise: stack_gram_kernel<lowrank-solve-ragged> wide=-
+# promise: stack_apply_kernel threads=256 ctas>=1 wide=STG.128
+# promise: stack_apply_kernel<lowrank-product-?> threads=128 ctas>=8 wide=LDG.128,STG.128
+# promise: stack_apply_kernel<lowrank-product-16> threads=128 ctas>=8 wide=LDG.128,STG.128
+# promise: stack_apply_kernel<lowrank-solve-*> threads=128 ctas>=8 wide=LDG.128,STG.128
+# promise: stack_apply_kernel<lowrank-solve-ragged> ctas>=6 wide=-
+# promise: small_kernel threads=32 ctas>=8 wide=- narrow=0
+# promise: small_kernel<lowrank-*-16> threads=64 ctas>=4
+# promise: table_kernel threads=32 ctas>=16 wide=- narrow=0
 # promise: map_kernel threads=32 ctas>=32 wide=-
 
 
@@ -114,6 +142,37 @@ def calls(frame, torch):
     table["gram-plain"] = lambda: frame.frame_gram(data(18), None, None, None, False, True, 1)
     table["apply-18"] = lambda: frame.frame_apply(data(16), many, square, bounds, seed, True, 1)
     table["map"] = lambda: frame.frame_map(2, 0, coef(10).reshape(2, 5), coef(4).reshape(2, 2))
+    table.update(lowrank_calls(frame, data, coef, torch))
+    return table
+
+
+def lowrank_calls(frame, data, coef, torch):
+    """The calls of the low-rank Hessian that are launches alone; the eigenproblems share their Gram and apply."""
+    product, solve = 0, 1
+
+    def stack(k, size=D, dtype=torch.float32):
+        return torch.zeros(2, k, size, dtype=dtype)
+
+    def apply(k, variant, size=D, dtype=torch.float32, rows=None):
+        v, U = data(1, size, dtype)[0], stack(k, size, rows or dtype)
+        return lambda: frame.lowrank_apply(v, U, coef(1 + k), variant, False, 1)
+
+    def vjp(k, variant):
+        return lambda: frame.lowrank_vjp(*data(2), stack(k), coef(1 + k), variant, 1)
+
+    table = {
+        "lowrank-product-vjp-16": vjp(16, product),
+        "lowrank-solve-1": apply(1, solve),
+        "lowrank-solve-bfloat16": apply(4, solve, rows=torch.bfloat16),
+        "lowrank-solve-float64": apply(4, solve, dtype=torch.float64),
+        "lowrank-solve-ragged": apply(4, solve, size=D + 1),
+    }
+    for k in (4, 16):
+        table[f"lowrank-product-{k}"] = apply(k, product)
+        table[f"lowrank-solve-{k}"] = apply(k, solve)
+        table[f"lowrank-vjp-{k}"] = vjp(k, solve)
+        table[f"lowrank-logdet-{k}"] = lambda k=k: frame.lowrank_logdet(stack(k), coef(1 + k), False, 1)
+        table[f"lowrank-logdet-vjp-{k}"] = lambda k=k: frame.lowrank_logdet_vjp(stack(k), coef(2 + k), 1)
     return table
 
 

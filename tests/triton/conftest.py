@@ -21,7 +21,18 @@ def kernels():
         from marquardt import triton_kernels
     except ImportError:
         import triton_kernels
-    for name in ("frame", "generic", "launch", "layout", "library", "maps", "philox"):
+    for name in (
+        "frame",
+        "generic",
+        "launch",
+        "layout",
+        "library",
+        "lowrank",
+        "maps",
+        "philox",
+        "small",
+        "stack",
+    ):
         importlib.import_module(f"{triton_kernels.__name__}.{name}")
     return triton_kernels
 
@@ -37,14 +48,22 @@ def guarded_outputs(kernels, monkeypatch):
     """
     buffers = []
 
-    def empty(layout, like):
-        count = layout.batch * layout.size
-        buffer = torch.full((count + 2 * PAGE,), SENTINEL, dtype=like.dtype)
+    def guarded(count, dtype, shape, strides):
+        buffer = torch.full((count + 2 * PAGE,), SENTINEL, dtype=dtype)
         buffer[PAGE : PAGE + count] = float("nan")
         buffers.append((buffer, count))
-        return buffer.as_strided(layout.shape, layout.inner, PAGE)
+        return buffer.as_strided(shape, strides, PAGE)
+
+    def empty(layout, like):
+        return guarded(layout.batch * layout.size, like.dtype, layout.shape, layout.inner)
+
+    def empty_stack(layout, count, dtype, device):
+        like = torch.empty_strided(layout.shape, layout.inner, dtype=dtype)
+        strides = kernels.layout.stack_strides(like, count, layout.batch_dims)
+        return guarded(layout.batch * count * layout.size, dtype, *strides)
 
     monkeypatch.setattr(kernels.layout.Layout, "empty", empty)
+    monkeypatch.setattr(kernels.layout.Layout, "empty_stack", empty_stack)
     yield
     for buffer, count in buffers:
         assert (buffer[:PAGE] == SENTINEL).all() and (buffer[PAGE + count :] == SENTINEL).all()

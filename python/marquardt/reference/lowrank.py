@@ -86,7 +86,8 @@ def definite(G: Tensor, damping: Tensor, s: Tensor) -> Tensor:
         A = t[:, :, None] * A * t[:, None, :] + torch.diag_embed(damping[:, None] * sign)
         info = torch.zeros_like(damping)
         for j in range(k):
-            pivot = A[:, j, j]
+            # λ + (positive semidefinite) has no positive pivot below λ: what rounding left there is lifted.
+            pivot = torch.where(sign[:, j] > 0, torch.maximum(A[:, j, j], damping), A[:, j, j])
             failed = (info == 0) & (pivot * sign[:, j] <= 0)
             info = torch.where(failed, order[:, j].to(info.dtype) + 1, info)
             A = A - A[:, :, j, None] * A[:, None, j, :] / pivot[:, None, None]
@@ -234,10 +235,14 @@ def logdet(basis: Tensor, coef: Tensor, check: bool, batch_dims: int) -> Tensor:
 def logdet_vjp(basis: Tensor, coef: Tensor, batch_dims: int) -> tuple[Tensor, Tensor]:
     """Derivatives of grad·log det H by U and (damping, s…), with coef = (damping, s…, grad)."""
     U, numbers = _alone(basis, coef, batch_dims)
-    _, pullback = _vjp(logdet_of, U, numbers[:, 0], numbers[:, 1:-1])
+    damping, s = numbers[:, 0], numbers[:, 1:-1]
+    bad = definite(gram(U), damping, s) != 0
+    damping, s = torch.where(bad[:, 0], 1.0, damping), torch.where(bad, 0.0, s)
+    _, pullback = _vjp(logdet_of, U, damping, s)
     d_U, d_damping, d_s = pullback(numbers[:, -1])
     row = basis.select(batch_dims, 0)
-    d_coef = torch.cat([d_damping[:, None], d_s], dim=1)
+    d_coef = torch.where(bad, float("nan"), torch.cat([d_damping[:, None], d_s], dim=1))
+    d_U = torch.where(bad[:, :, None], float("nan"), d_U)
     return store_stack(d_U, row, basis.dtype, batch_dims), d_coef
 
 
