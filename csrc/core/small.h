@@ -43,7 +43,10 @@ MQ_SMALL int signed_ldl(const Team& team, int n, double* A, const double* sign, 
   for (int j = 0; j < n; ++j) {
     double d = A[j * kLd + j];
     if (sign[j] > 0.0 && d < floor) d = floor;
-    if (!(d * sign[j] > 0.0)) return j + 1;
+    if (!(d * sign[j] > 0.0)) {
+      team.sync();  // the caller may overwrite what another lane still looks at
+      return j + 1;
+    }
     const int below = n - j - 1;
     const double inverse = 1.0 / d;
     // The trailing block with the column as it is: a_il − a_ij a_lj / d, lower triangle.
@@ -86,15 +89,18 @@ MQ_SMALL int pivoted_cholesky(const Team& team, int n, double* A, double tiny, d
   uint32_t taken = 0u;  // every lane keeps its own, all alike
   for (int i = 0; i < n; ++i) {
     int best = -1;
-    double pivot = 0.0;
+    double pivot = 0.0, sum = 0.0;
     for (int j = 0; j < n; ++j) {
       double d = A[j * kLd + j];
-      if (!(d - d == 0.0)) return -1;
+      sum += d - d;  // 0, or NaN where one is not finite
       if (d < floor) d = floor;
       if (!(taken >> j & 1u) && d > pivot) best = j, pivot = d;
     }
     if (i == 0) largest = pivot;
-    if (best < 0 || !(pivot > tiny * largest)) return i;
+    if (!(sum == 0.0) || best < 0 || !(pivot > tiny * largest)) {
+      team.sync();  // the caller may overwrite what another lane still looks at
+      return sum == 0.0 ? i : -1;
+    }
     const uint32_t before = taken;
     taken |= 1u << best;
     const double root = std::sqrt(pivot);
