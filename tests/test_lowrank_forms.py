@@ -264,7 +264,7 @@ class TestIndefinite:
 
     @VARIANTS
     def test_bad_s(self, target: Target, variant: int):
-        """NaN in the s of one sample is data, as an update of bad data leaves it; a shared NaN, and Inf, are refused."""
+        """NaN in the s of one sample is data, as an update of bad data leaves it; shared NaN, and Inf, are refused."""
         v, U, s = make(target, (3, 40))
         s = s.expand(3, -1).contiguous()
         bad = s.clone()

@@ -64,7 +64,7 @@ void assign(T& field, int64_t value, const std::string& name) {
   } else if constexpr (std::is_same_v<T, int>) {
     fits = value >= std::numeric_limits<int>::min() && value <= std::numeric_limits<int>::max();
   } else if constexpr (std::is_enum_v<T>) {
-    const int last = std::is_same_v<T, FrameOp> ? 5 : std::is_same_v<T, DType> ? 3 : 2;
+    const int last = std::is_same_v<T, FrameOp> ? 10 : std::is_same_v<T, DType> || std::is_same_v<T, GramKind> ? 3 : 2;
     fits = value >= 0 && value <= last;
   }
   if (!fits) throw std::invalid_argument("frame run: " + name + " cannot be " + std::to_string(value));

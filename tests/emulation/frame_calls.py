@@ -18,8 +18,11 @@ import torch
 Tensor = torch.Tensor
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-OPS = ("given", "lm_direction", "lm_direction_backward", "lm_direction_jvp", "affine", "affine_backward")
-GRAMS = ("none", "full", "first")
+OPS = (
+    "given", "lm_direction", "lm_direction_backward", "lm_direction_jvp", "affine", "affine_backward",
+    "lowrank", "lowrank_vjp", "lowrank_logdet", "lowrank_logdet_vjp", "lowrank_update",
+)  # fmt: skip
+GRAMS = ("none", "full", "first", "two")
 VARIANTS = ("held", "two_sweeps", "one_sweep")
 _CODES = {f32: 0, f64: 1, bf16: 2, f16: 3}  # DType
 _BITS = {f32: np.float32, f64: np.float64, bf16: np.uint16, f16: np.uint16}

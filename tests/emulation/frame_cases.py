@@ -144,6 +144,38 @@ def given(
     )  # fmt: skip
 
 
+MATVEC, SOLVE, INV_SQRT = 0, 1, 2
+HEADS = {"lowrank": 1, "lowrank_vjp": 2, "lowrank_logdet": 0, "lowrank_logdet_vjp": 0, "lowrank_update": 1}
+
+
+def lowrank(op: str, shape, k: int, mode=0, dtype=f32, seed=0) -> Frame:
+    """An op of the damped low-rank Hessian on rows (heads, u_1 … u_k): the last two are equal, s has both signs."""
+    generator, batch = _generator(seed), shape[0]
+    heads = [cases.gaussian(generator, shape).to(dtype) for _ in range(HEADS[op])]
+    rows = [cases.gaussian(generator, shape).to(dtype) for _ in range(k)]
+    rows[-1] = rows[-min(k, 2)].clone()
+    s = torch.linspace(1.0, 0.4, k, dtype=f64).repeat(batch, 1)
+    if op != "lowrank_update" and k > 2:
+        s[:, 1] = -0.02
+    damping = 0.2 * (rows[0].double() ** 2).sum(1, keepdim=True) + 1.0
+    numbers = {"lowrank_update": [torch.full_like(damping, 0.9), torch.full_like(damping, 0.7), s]}.get(
+        op, [damping, s, *([torch.full_like(damping, 0.6)] if op == "lowrank_logdet_vjp" else [])]
+    )
+    counts = {"lowrank": (1, 1), "lowrank_logdet": (0, 2), "lowrank_update": (k, k)}
+    outputs, scalars = counts.get(op, (k, 1 + k))
+    gram = "first" if op == "lowrank" and mode == MATVEC else "full"
+    gram = "two" if op == "lowrank_vjp" and mode == MATVEC else gram
+    return Frame(
+        op,
+        (*heads, *rows),
+        (dtype,) * outputs,
+        torch.cat(numbers, dim=1),
+        mode=mode,
+        gram=gram,
+        scalars=scalars,
+    )
+
+
 # Plans by hand: every variant, few threads, so that small samples have several tiles.
 HELD = tuple({"variant": "held", "threads": 32, "cluster": c} for c in (1, 2, 3, 8)) + (
     {"variant": "held", "threads": 128, "cluster": 4},

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from frame_calls import Frame, Result, f32, f64
+from frame_cases import HEADS
 
 import oracle
 from harness.compare import assert_within, check, relative_error, rows, ulp
 from marquardt.reference import frame as reference_frame
 from marquardt.reference import hessian, langevin
+from marquardt.reference import lowrank as reference_lowrank
 
 Tensor = torch.Tensor
 LD = np.longdouble
@@ -236,7 +238,38 @@ def _gradient(frame: Frame, x: _Lm) -> Wanted:
 
 
 @functools.lru_cache(maxsize=32)
+def _lowrank(frame: Frame) -> Wanted:
+    """By the definition in float64, which has tests of its own against closed forms."""
+    heads = HEADS[frame.op]
+    vectors = [t.double() for t in frame.streams]
+    v, basis, coef = vectors[:heads], torch.stack(vectors[heads:], dim=1), frame.parameters
+    if frame.op == "lowrank":
+        made, numbers = reference_lowrank.apply(v[0], basis, coef, frame.mode, False, 1)
+        made = made[:, None]
+    elif frame.op == "lowrank_vjp":
+        made, numbers = reference_lowrank.vjp(*v, basis, coef, frame.mode, 1)
+    elif frame.op == "lowrank_logdet":
+        made, numbers = basis[:, :0], reference_lowrank.logdet(basis, coef, False, 1)
+    elif frame.op == "lowrank_logdet_vjp":
+        made, numbers = reference_lowrank.logdet_vjp(basis, coef, 1)
+    else:
+        made, numbers = reference_lowrank.update(v[0], basis, coef, basis.shape[1], 1)
+    outputs = [rows(made[:, i]) for i in range(made.shape[1])]
+    reference = [made[:, i].to(dtype) for i, dtype in enumerate(frame.outputs)]
+    # Sums of float32 products where nothing cancels, else of double ones: the family's bound, norm-wise per sample.
+    bound = VALUE_BOUND if frame.op == "lowrank" else 4 * GRADIENT_BOUND
+    bound = bound if frame.compute == f32 else 1e-11
+    size = [np.sqrt((e * e).sum(1, keepdims=True)) + LD(1e-30) for e in outputs]
+    slack = [np.broadcast_to(LD(bound) * n, e.shape) for n, e in zip(size, outputs, strict=True)]
+    nothing = [np.zeros_like(e) for e in outputs]
+    scale = np.abs(numbers.numpy().astype(LD)).max(axis=1, keepdims=True)
+    allowed = np.broadcast_to(LD(1e-10) * (scale + 1), numbers.shape)
+    return Wanted(outputs, reference, nothing, slack, numbers.numpy(), allowed)
+
+
 def wanted(frame: Frame) -> Wanted:
+    if frame.op in HEADS:
+        return _lowrank(frame)
     return _lm(frame) if frame.op.startswith("lm") else _linear(frame)
 
 

@@ -7,7 +7,20 @@ from pathlib import Path
 
 import torch
 from frame_calls import A100, Frame, Place, bf16, f16, f32, f64, write_case
-from frame_cases import EXTRAPOLATE, PLAIN, affine, affine_backward, given, lm, lm_backward, lm_jvp
+from frame_cases import (
+    EXTRAPOLATE,
+    INV_SQRT,
+    MATVEC,
+    PLAIN,
+    SOLVE,
+    affine,
+    affine_backward,
+    given,
+    lm,
+    lm_backward,
+    lm_jvp,
+    lowrank,
+)
 from frame_oracle import margins
 
 ODD = [Place(1, 2), Place(3, 1), Place(2)]  # nothing begins where a vector access may
@@ -44,6 +57,16 @@ def small_cases() -> dict[str, tuple[Frame, dict]]:
         "held-2-largest": (given((1, 133), 16, 17, ones=True, noisy=True), held(64, 2)),
         "held-4-blocks": (given((1, 1030), 7, 2), held(32, 4)),
         "held-2-scalars": (affine_backward((2, 131), 3, noisy=True), held(64, 2)),
+        "held-1-matvec": (lowrank("lowrank", (2, 131), 5, MATVEC), held(32, 1)),
+        "held-2-solve": (lowrank("lowrank", (2, 133), 6, SOLVE), held(64, 2)),
+        "held-1-root": (lowrank("lowrank", (2, 99), 4, INV_SQRT), held(32, 1)),
+        "held-1-solve-vjp": (lowrank("lowrank_vjp", (1, 70), 4, SOLVE), held(32, 1)),
+        "two-2-root-vjp": (lowrank("lowrank_vjp", (1, 259), 5, INV_SQRT), two_sweeps(32, 2)),
+        "two-2-matvec-vjp": (lowrank("lowrank_vjp", (1, 259), 3, MATVEC), two_sweeps(64, 2)),
+        "held-2-logdet": (lowrank("lowrank_logdet", (2, 131), 5), held(32, 2)),
+        "held-1-logdet-vjp": (lowrank("lowrank_logdet_vjp", (1, 65), 4), held(32, 1)),
+        "held-2-update": (lowrank("lowrank_update", (2, 133), 5), held(64, 2)),
+        "held-1-one-element": (lowrank("lowrank", (2, 1), 4, INV_SQRT), held(32, 1)),
         "two-1-ring": (lm((1, 9 * 128 - 1)), two_sweeps(32, 1)),
         "two-3-backward": (lm_backward((2, 701), pair=(f16, f16)).placed(ODD, ODD), two_sweeps(64, 3)),
         "two-2-in-place": (dataclasses.replace(lm((2, 301), pair=(f32, f32)), in_place=1), two_sweeps(32, 2)),

@@ -18,7 +18,11 @@ import emulation as emulated
 pytestmark = pytest.mark.emulation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OPS = ("tests/test_hessian.py", "tests/test_langevin.py")
+OPS = (
+    "tests/test_hessian.py",
+    "tests/test_langevin.py",
+    *(f"tests/test_lowrank{name}.py" for name in ("", "_forms", "_logdet", "_update", "_hessian_module")),
+)
 
 
 @pytest.fixture(scope="session")
