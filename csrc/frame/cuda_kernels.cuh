@@ -99,7 +99,8 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   const double* p = parameters_of(a, share.sample);
   const uint32_t wanted = gram_rows(a.call, p);
   const HeldWalk<A, G> walk{a, share, shared};
-  walk.fetch_all(vectors_of(a.call, a.layout.vectors, rows_read(a.call, p)));
+  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, rows_read(a.call, p));
+  walk.fetch_all(vectors);
   load_prologue<A>(a, share.sample, shared);
   ptx::copy_async_wait<0>();
 
@@ -108,7 +109,7 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const bool together = wanted != 0u && a.splits > 1;  // the same for all CTAs of a sample
   const int entries = a.layout.entries, ranks = static_cast<int>(a.splits);
-  if (wanted != 0u) gram<A>(a, share, wanted, walk, shared);
+  if (wanted != 0u && !gram_plain<A>(a, share, wanted, walk, shared)) gram<A>(a, share, wanted, walk, shared);
   if (together) {
     auto* gathered = reinterpret_cast<double*>(shared + a.layout.gathered_at);
     ptx::cluster_sync();  // everybody's own sums are there
@@ -126,7 +127,7 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   }
   __syncthreads();
   decide<A>(a, share, p, shared);
-  apply<A>(a, share, walk, shared);
+  if (!apply_plain<A>(a, share, walk, shared)) apply<A>(a, share, walk, shared);
   if (together) ptx::cluster_wait();  // shared memory that others read must not go away
 }
 
@@ -140,10 +141,19 @@ frame_gram(const __grid_constant__ FrameArguments<G> a) {
   const Share share = share_of<A>(a);
   const uint32_t wanted = gram_rows(a.call, parameters_of(a, share.sample));
   if (wanted == 0u) return;  // nobody reads the workspace of this sample
-  const RingWalk<A, G> walk{a, share, vectors_of(a.call, a.layout.vectors, wanted), shared};
-  walk.start();
-  load_prologue<A>(a, share.sample, shared);
-  gram<A>(a, share, wanted, walk, shared);
+  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, wanted);
+  const int plain = a.call.gram == GramKind::full ? plain_streams<A>(a, vectors) : 0;
+  with_source<A>(a, share, vectors, plain, [&](const auto& source) {
+    constexpr int kStreams = std::decay_t<decltype(source)>::kStreams;
+    const RingWalk<A, G, std::decay_t<decltype(source)>> walk{a, source, shared};
+    walk.start();
+    load_prologue<A>(a, share.sample, shared);
+    if constexpr (kStreams != 0) {
+      gram_own<A, G, kStreams, false, true>(a, share, walk, shared);
+    } else {
+      gram<A>(a, share, wanted, walk, shared);
+    }
+  });
   const auto* own = reinterpret_cast<const double*>(shared + a.layout.own_at);
   double* to = a.workspace + ((share.sample - a.first_sample) * a.splits + share.split) * a.layout.entries;
   for (int e = static_cast<int>(threadIdx.x); e < a.layout.entries; e += static_cast<int>(blockDim.x)) to[e] = own[e];
@@ -171,8 +181,10 @@ frame_apply(const __grid_constant__ FrameArguments<G> a) {
   const Share share = share_of<A>(a);
   const double* p = parameters_of(a, share.sample);
   const uint32_t rows = a.call.outputs == 0 ? 0u : rows_read(a.call, p);
-  const RingWalk<A, G> walk{a, share, rows == 0u ? 0u : vectors_of(a.call, a.layout.vectors, rows), shared};
-  walk.start();
+  const uint32_t vectors = rows == 0u ? 0u : vectors_of(a.call, a.layout.vectors, rows);
+  with_source<A>(a, share, vectors, plain_streams<A>(a, vectors), [&](const auto& source) {
+    RingWalk<A, G, std::decay_t<decltype(source)>>{a, source, shared}.start();
+  });
   load_prologue<A>(a, share.sample, shared);
   if (a.layout.entries > 0) {
     if (gram_rows(a.call, p) != 0u) {
@@ -185,7 +197,15 @@ frame_apply(const __grid_constant__ FrameArguments<G> a) {
     __syncthreads();
   }
   decide<A>(a, share, p, shared);
-  apply<A>(a, share, walk, shared);
+  with_source<A>(a, share, vectors, applied_streams<A>(a, shared), [&](const auto& source) {
+    constexpr int kStreams = std::decay_t<decltype(source)>::kStreams;
+    const RingWalk<A, G, std::decay_t<decltype(source)>> walk{a, source, shared};
+    if constexpr (kStreams != 0) {
+      apply_streams<A, kStreams>(a, share, walk, shared);
+    } else {
+      apply<A>(a, share, walk, shared);
+    }
+  });
 }
 
 }  // namespace marquardt

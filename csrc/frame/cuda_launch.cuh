@@ -16,6 +16,7 @@ FrameArguments<G> arguments_of(const FrameCall& call, const FramePlan& plan, dou
   a.layout = layout_of(call, plan.access, plan.threads, plan.cluster);
   a.splits = plan.splits;
   a.tiles = plan.tiles;
+  a.plain = !G && is_plain(call, plan.access, plan.threads, plan.tiles);
   a.workspace = workspace;
   if (call.host_parameters) {
     const int room = G ? kManyParameters : kSmallParameters;

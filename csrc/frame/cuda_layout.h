@@ -86,4 +86,19 @@ inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int thre
   return l;
 }
 
+// Whether every slot of every vector and output is 16 bytes, aligned and whole, the usual call: then nothing about them is
+// asked slot by slot (cuda_plain.cuh). Of calls that quick kernels run.
+inline bool is_plain(const FrameCall& call, FrameAccess access, int threads, int64_t tiles) {
+  const int v = slot_elements(access);
+  if (access == FrameAccess::mixed || call.seed != nullptr || call.rows != call.streams) return false;
+  if (call.size % v != 0 || tiles * threads * 16 > 1 << 30) return false;  // offsets of 32 bits
+  const auto fits = [&](const void* data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (call.batch == 1 || stride % v == 0);
+  };
+  bool plain = true;
+  for (int j = 0; j < call.streams; ++j) plain = plain && fits(call.stream[j].data, call.stream[j].batch_stride);
+  for (int i = 0; i < call.outputs; ++i) plain = plain && fits(call.output[i].data, call.output[i].batch_stride);
+  return plain;
+}
+
 }  // namespace marquardt

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kMaxGrid = 0x7fffffff;
 constexpr int64_t kMaxCluster = 16;
-constexpr int64_t kResident = 3;    // CTAs of a multiprocessor, as their registers allow
-constexpr int64_t kMostTiles = 64;  // that one CTA walks
+constexpr int64_t kResident = 3;             // CTAs of a multiprocessor, as their registers allow
+constexpr int64_t kMostTiles = 64;           // that one CTA walks
 constexpr int64_t kCrowdedBytes = 16 << 10;  // of a frame in one CTA, beyond which idle multiprocessors should help
 
 constexpr int64_t divided_up(int64_t a, int64_t b) {
@@ -133,8 +133,8 @@ void spread(const FrameCall& call, const DeviceLimits& limits, FramePlan& plan) 
   // No more CTAs than are resident at once: a few too many are a second wave of their own, which takes as long as the
   // first (25 MB on an H100: 441 CTAs on 396 places 18 us, measured). So tiles per CTA are rounded up.
   const int64_t places = std::max<int64_t>(1, int64_t{limits.sms} * kResident / samples);
-  plan.splits = std::clamp<int64_t>(
-      divided_up(tiles, std::clamp<int64_t>(divided_up(tiles, places), 1, kMostTiles)), 1, kMaxGrid);
+  plan.splits = std::clamp<int64_t>(divided_up(tiles, std::clamp<int64_t>(divided_up(tiles, places), 1, kMostTiles)), 1,
+                                    kMaxGrid);
   complete(call, plan);
 }
 
