@@ -73,8 +73,9 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
   }
   __syncthreads();
   auto* matrix = reinterpret_cast<C*>(shared + a.layout.matrix_at);
-  for (int i = static_cast<int>(threadIdx.x); i < call.outputs * call.rows; i += static_cast<int>(blockDim.x))
-    matrix[i] = static_cast<C>(map.c[i / call.rows][i % call.rows]);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  for (int i = static_cast<int>(threadIdx.x) / 32; i < call.outputs; i += warps)  // a warp a row: no divisions
+    if (lane < call.rows) matrix[i * call.rows + lane] = static_cast<C>(map.c[i][lane]);
   __syncthreads();
 }
 
@@ -111,21 +112,18 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   const int entries = a.layout.entries, ranks = static_cast<int>(a.splits);
   if (wanted != 0u && !gram_plain<A>(a, share, wanted, walk, shared)) gram<A>(a, share, wanted, walk, shared);
   if (together) {
-    auto* gathered = reinterpret_cast<double*>(shared + a.layout.gathered_at);
     ptx::cluster_sync();  // everybody's own sums are there
-    for (int i = thread; i < ranks * entries; i += threads)
-      gathered[i] = ptx::load_cluster(own + i % entries, static_cast<unsigned>(i / entries));
-    ptx::cluster_arrive();  // this CTA has read what it wants of the others
-    __syncthreads();
     for (int e = thread; e < entries; e += threads) {
       double sum = 0.0;
-      for (int rank = 0; rank < ranks; ++rank) sum += gathered[rank * entries + e];
+      MQ_UNROLL(4)
+      for (int rank = 0; rank < ranks; ++rank) sum += ptx::load_cluster(own + e, static_cast<unsigned>(rank));
       total[e] = sum;
     }
   } else {
     for (int e = thread; e < entries; e += threads) total[e] = wanted != 0u ? own[e] : 0.0;
   }
   __syncthreads();
+  if (together) ptx::cluster_arrive_relaxed();  // what this CTA wanted of the others is here
   decide<A>(a, share, p, shared);
   if (!apply_plain<A>(a, share, walk, shared)) apply<A>(a, share, walk, shared);
   if (together) ptx::cluster_wait();  // shared memory that others read must not go away

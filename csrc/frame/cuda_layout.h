@@ -1,6 +1,6 @@
 // Where the parts of a CTA's shared memory lie. Plain C++, made on the host and read by the kernels.
 //
-//   map | matrix C | work of a low-rank map | Gram | own part of it | parts of the cluster | parts by warp | prologue | rows of one tile | stages of vectors
+//   map | matrix C | work of a low-rank map | Gram | own part of it | parts by warp | prologue | rows of one tile | stages of vectors
 //
 // A tile is threads · V elements of a sample; a thread owns one slot of V elements of every vector. Values of the
 // compute type are kept in planes of 16 bytes per thread, so that no two threads of a warp meet in a bank.
@@ -38,7 +38,7 @@ struct FrameLayout {
   int row_bytes;  // of a row of one tile
   int entries;    // of the Gram
   int blocks;     // 4 × 4 blocks that cover them; one warp takes one at a time
-  int map_at, matrix_at, work_at, gram_at, own_at, gathered_at, parts_at, prologue_at, rows_at, stages_at;
+  int map_at, matrix_at, work_at, gram_at, own_at, parts_at, prologue_at, rows_at, stages_at;
 };
 
 inline int gram_entries(const FrameCall& call) {
@@ -53,7 +53,7 @@ inline int gram_blocks(const FrameCall& call) {
 }
 
 // The layout without its stages, whose number the plan decides: they begin at stages_at.
-inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int threads, int cluster) {
+inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int threads) {
   FrameLayout l{};
   const int v = slot_elements(access), wide = compute_bytes(access);
   l.vectors = call.streams + (call.ones ? 1 : 0) + (call.seed != nullptr ? 1 : 0);
@@ -77,7 +77,6 @@ inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int thre
   l.work_at = place(is_lowrank(call.op) ? static_cast<int64_t>(sizeof(LowRankWork)) : 0);
   l.gram_at = place(8 * l.entries);
   l.own_at = place(8 * l.entries);
-  l.gathered_at = place(cluster == 1 ? 0 : 8 * l.entries * cluster);
   l.parts_at = place(l.blocks == 0 ? 0 : 8 * kBlockEntries * (threads / 32));
   l.prologue_at = place(call.prologue == nullptr ? 0 : static_cast<int64_t>(call.rows) * l.vectors * wide);
   at = (at + 127) / 128 * 128;

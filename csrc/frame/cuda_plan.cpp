@@ -62,7 +62,7 @@ int ring_stages(const FramePlan& plan) {
 }
 
 int64_t shared_bytes(const FrameCall& call, const FramePlan& plan) {
-  const FrameLayout layout = layout_of(call, plan.access, plan.threads, plan.cluster);
+  const FrameLayout layout = layout_of(call, plan.access, plan.threads);
   return layout.stages_at + int64_t{plan.stages} * layout.stage_bytes;
 }
 
@@ -103,9 +103,10 @@ bool plan_held(const FrameCall& call, const DeviceLimits& limits, FramePlan& pla
     return plan.shared <= bytes;
   };
   while (cluster < most && !fits(cluster, comfortable_bytes(limits))) cluster *= 2;
-  // Few samples leave multiprocessors idle: share each among more CTAs, as long as every thread keeps a slot.
+  // Few samples leave multiprocessors idle: share each among more CTAs, as long as every thread keeps two slots. What a
+  // small sample waits for is the cluster, not its elements.
   while (cluster < most && call.batch * cluster * 2 <= limits.sms &&
-         call.size >= cluster * 2 * 128 * slot_elements(plan.access)) {
+         call.size >= cluster * 2 * 2 * kMaxThreads * slot_elements(plan.access)) {
     cluster *= 2;
   }
   if (!fits(cluster, limits.shared_per_block)) return false;
