@@ -102,12 +102,14 @@ MQ_DEVICE inline void add_block(const Rows<A, true>& rows, GramBlock at, int hei
                                 double (*sum)[kBlockRows]) {
   using C = typename Access<A>::C;
   constexpr int W = Access<A>::W;
+  const bool diagonal = at.rows == at.columns;  // the same rows twice: read once
   for (int plane = 0; plane < Access<A>::planes; ++plane) {
     C x[kBlockRows][W], y[kBlockRows][W];
     for (int i = 0; i < kBlockRows; ++i) {
-      for (int w = 0; w < W; ++w) x[i][w] = y[i][w] = C(0);
+      for (int w = 0; w < W; ++w) x[i][w] = C(0);
       if (i < height) rows.quad(at.rows + i, plane, slot, x[i]);
-      if (at.columns + i < count) rows.quad(at.columns + i, plane, slot, y[i]);
+      for (int w = 0; w < W; ++w) y[i][w] = diagonal ? x[i][w] : C(0);
+      if (!diagonal && at.columns + i < count) rows.quad(at.columns + i, plane, slot, y[i]);
     }
     for (int w = 0; w < W; ++w) {
       double d[kBlockRows];

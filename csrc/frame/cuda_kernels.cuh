@@ -115,7 +115,7 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
     ptx::cluster_sync();  // everybody's own sums are there
     for (int e = thread; e < entries; e += threads) {
       double sum = 0.0;
-      MQ_UNROLL(4)
+      MQ_UNROLL(8)  // loads in flight
       for (int rank = 0; rank < ranks; ++rank) sum += ptx::load_cluster(own + e, static_cast<unsigned>(rank));
       total[e] = sum;
     }

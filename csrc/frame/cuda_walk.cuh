@@ -59,8 +59,8 @@ struct HeldWalk {
   MQ_DEVICE unsigned char* stage(int tile) const { return shared + a.layout.stages_at + tile * a.layout.stage_bytes; }
   template <class F>
   MQ_DEVICE void each(const F& f) const {
-    [[maybe_unused]] constexpr int kAtOnce =
-        A == FrameAccess::half ? 1 : 2;  // registers for 8 elements of three vectors, or twice 4
+    // There are registers for 8 elements of three vectors, or twice 4.
+    [[maybe_unused]] constexpr int kAtOnce = A == FrameAccess::half ? 1 : 2;
     MQ_UNROLL(kAtOnce)
     for (int t = 0; t < tiles(); ++t) f(t, stage(t));
   }
