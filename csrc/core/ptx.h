@@ -58,6 +58,11 @@ __device__ inline unsigned cluster_size() {
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+// For those who wrote nothing that others read: they only say that they have read. No fence, which waits for all memory of
+// the chip.
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -101,6 +106,7 @@ __device__ inline unsigned cluster_size() {
   return 1;
 }
 __device__ inline void cluster_arrive() {}
+__device__ inline void cluster_arrive_relaxed() {}
 __device__ inline void cluster_wait() {}
 template <class T>
 __device__ inline T load_cluster(const T* shared, unsigned) {

@@ -56,6 +56,9 @@ inline unsigned cluster_size() {
 inline void cluster_arrive(Place at = Place::current()) {
   emulation::arrive_cluster(at);
 }
+inline void cluster_arrive_relaxed(Place at = Place::current()) {
+  emulation::arrive_cluster(at);
+}
 inline void cluster_wait(Place at = Place::current()) {
   emulation::wait_cluster(at);
 }

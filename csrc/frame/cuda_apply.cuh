@@ -35,7 +35,24 @@ MQ_DEVICE inline uint32_t pack(DType dtype, float low, float high) {
   return dtype == DType::bf16 ? ptx::pack_bf16(low, high) : ptx::pack_f16(low, high);
 }
 
-// A slot of V elements: 16 or 8 bytes at once where it lies aligned and whole.
+// A whole slot, aligned: 16 or 8 bytes at once.
+template <FrameAccess A>
+MQ_DEVICE inline void store_whole(unsigned char* to, DType dtype, const typename Access<A>::C* x) {
+  if constexpr (A == FrameAccess::f64) {
+    *reinterpret_cast<double2*>(to) = quad_of(x);
+  } else if constexpr (A == FrameAccess::f32) {
+    *reinterpret_cast<float4*>(to) = quad_of(x);
+  } else if constexpr (A == FrameAccess::half) {
+    ptx::store_16(to, make_uint4(pack(dtype, x[0], x[1]), pack(dtype, x[2], x[3]), pack(dtype, x[4], x[5]),
+                                 pack(dtype, x[6], x[7])));
+  } else if (dtype == DType::f32) {
+    *reinterpret_cast<float4*>(to) = quad_of(x);
+  } else {
+    ptx::store_8(to, make_uint2(pack(dtype, x[0], x[1]), pack(dtype, x[2], x[3])));
+  }
+}
+
+// A slot of V elements, wherever it lies.
 template <FrameAccess A>
 MQ_DEVICE inline void store_slot(const Output& o, int64_t sample, int64_t first, int valid,
                                  const typename Access<A>::C* x) {
@@ -49,18 +66,7 @@ MQ_DEVICE inline void store_slot(const Output& o, int64_t sample, int64_t first,
       store_words(to + p * W * size, dtype, valid - p * W, quad_of(x + p * W));
     return;
   }
-  if constexpr (A == FrameAccess::f64) {
-    *reinterpret_cast<double2*>(to) = quad_of(x);
-  } else if constexpr (A == FrameAccess::f32) {
-    *reinterpret_cast<float4*>(to) = quad_of(x);
-  } else if constexpr (A == FrameAccess::half) {
-    ptx::store_16(to, make_uint4(pack(dtype, x[0], x[1]), pack(dtype, x[2], x[3]), pack(dtype, x[4], x[5]),
-                                 pack(dtype, x[6], x[7])));
-  } else if (dtype == DType::f32) {
-    *reinterpret_cast<float4*>(to) = quad_of(x);
-  } else {
-    ptx::store_8(to, make_uint2(pack(dtype, x[0], x[1]), pack(dtype, x[2], x[3])));
-  }
+  store_whole<A>(to, dtype, x);
 }
 
 // Outputs i … i + M − 1 of one slot, summed in S; `matrix` has rows of `stride` numbers.
@@ -114,6 +120,70 @@ MQ_DEVICE inline void combine_all(const Rows<A, G>& rows, const Share& share, co
   }
 }
 
+// M outputs of a plain call of N streams, every row of which counts: C stays in registers. The sums of combine().
+template <FrameAccess A, int N, int M, class Walk>
+MQ_DEVICE inline void apply_outputs(const FrameArguments<false>& a, const Share& share, const Walk& walk,
+                                    unsigned char* shared) {
+  using C = typename Access<A>::C;
+  constexpr int V = Access<A>::V;
+  const auto* matrix = reinterpret_cast<const C*>(shared + a.layout.matrix_at);
+  C c[M][N];
+  unsigned char* to[M];
+  for (int m = 0; m < M; ++m) {
+    for (int j = 0; j < N; ++j) c[m][j] = matrix[m * N + j];
+    const Output& o = a.call.output[m];
+    const auto size = static_cast<int64_t>(size_of(Access<A>::type_of(o.dtype)));
+    to[m] = static_cast<unsigned char*>(o.data) + (share.sample * o.batch_stride + first_of_tile<A>(share, 0)) * size;
+  }
+  const int slots = plain_slots<A>(share), threads = static_cast<int>(blockDim.x);
+  walk.each([&](int tile, const unsigned char* stage) {
+    const int begin = tile * threads;
+    if (begin + static_cast<int>(threadIdx.x) >= slots) return;
+    C x[N][V];
+    PlainRows<A, N>{a.call, stage}.read(x);
+    for (int m = 0; m < M; ++m) {
+      C out[V];
+      for (int v = 0; v < V; ++v) {
+        out[v] = c[m][0] * x[0][v];
+        for (int j = 1; j < N; ++j) out[v] = fused(c[m][j], x[j][v], out[v]);
+      }
+      store_whole<A>(to[m] + static_cast<unsigned>(begin) * 16u, Access<A>::type_of(a.call.output[m].dtype), out);
+    }
+  });
+}
+
+// How many streams a plain call has whose map apply_outputs can take; else 0.
+template <FrameAccess A, bool G>
+MQ_DEVICE inline int applied_streams(const FrameArguments<G>& a, const unsigned char* shared) {
+  const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
+  if ((map.zero & ((1u << a.call.outputs) - 1u)) != 0u) return 0;
+  const int streams = plain_streams<A>(a, map.used);
+  return a.call.outputs == 1 || (a.call.outputs == 2 && streams == 3) ? streams : 0;
+}
+
+template <FrameAccess A, int N, class Walk>
+MQ_DEVICE inline void apply_streams(const FrameArguments<false>& a, const Share& share, const Walk& walk,
+                                    unsigned char* shared) {
+  if constexpr (N == 3) {  // the derivatives of two vectors
+    if (a.call.outputs == 2) return apply_outputs<A, N, 2>(a, share, walk, shared);
+  }
+  apply_outputs<A, N, 1>(a, share, walk, shared);
+}
+
+// All outputs of a plain call, held. False where it is another.
+template <FrameAccess A, bool G, class Walk>
+MQ_DEVICE inline bool apply_plain(const FrameArguments<G>& a, const Share& share, const Walk& walk,
+                                  unsigned char* shared) {
+  if constexpr (has_plain<A, G>) {
+    switch (applied_streams<A>(a, shared)) {
+      case 2: apply_streams<A, 2>(a, share, walk, shared); return true;
+      case 3: apply_streams<A, 3>(a, share, walk, shared); return true;
+      default: break;
+    }
+  }
+  return false;
+}
+
 // All outputs over the walk, with the map of the sample. walk.start() was called.
 template <FrameAccess A, bool G, class Walk>
 MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, const Walk& walk, unsigned char* shared) {
@@ -121,7 +191,8 @@ MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, cons
   constexpr int M = G ? 4 : 2;
   const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
   const auto* matrix = reinterpret_cast<const C*>(shared + a.layout.matrix_at);
-  walk.each([&](int64_t first, const unsigned char* stage) {
+  walk.each([&](int tile, const unsigned char* stage) {
+    const int64_t first = first_of_tile<A>(share, tile);
     if constexpr (G) {
       if (a.layout.staged) make_rows<A>(a, share, first, stage, shared);
     }

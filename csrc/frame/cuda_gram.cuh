@@ -39,16 +39,33 @@ MQ_DEVICE inline void add_own(const Rows<A, G>& rows, double* sum) {
   }
 }
 
-template <FrameAccess A, bool G, int R, bool First, class Walk>
+// The same of a plain call.
+template <FrameAccess A, int N>
+MQ_DEVICE inline void add_plain(const PlainRows<A, N>& rows, double* sum) {
+  typename Access<A>::C x[N][Access<A>::V];
+  rows.read(x);
+  for (int v = 0; v < Access<A>::V; ++v) {
+    double d[N];
+    for (int j = 0; j < N; ++j) d[j] = static_cast<double>(x[j][v]);
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j <= i; ++j) sum[i * (i + 1) / 2 + j] = fused(d[i], d[j], sum[i * (i + 1) / 2 + j]);
+  }
+}
+
+template <FrameAccess A, bool G, int R, bool First, bool Plain, class Walk>
 MQ_DEVICE inline void gram_own(const FrameArguments<G>& a, const Share& share, const Walk& walk,
                                unsigned char* shared) {
   constexpr int kEntries = First ? R - 1 : R * (R + 1) / 2;
   double sum[kEntries] = {};
-  walk.each([&](int64_t first, const unsigned char* stage) {
-    if constexpr (G) {
-      if (a.layout.staged) make_rows<A>(a, share, first, stage, shared);
+  walk.each([&](int tile, const unsigned char* stage) {
+    if constexpr (Plain) {
+      add_plain(PlainRows<A, R>{a.call, stage}, sum);
+    } else {
+      if constexpr (G) {
+        if (a.layout.staged) make_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
+      }
+      add_own<A, G, R, First>(Rows<A, G>{a, stage, shared + a.layout.rows_at}, sum);
     }
-    add_own<A, G, R, First>(Rows<A, G>{a, stage, shared + a.layout.rows_at}, sum);
   });
   auto* parts = reinterpret_cast<double*>(shared + a.layout.parts_at);
   auto* own = reinterpret_cast<double*>(shared + a.layout.own_at);
@@ -85,12 +102,14 @@ MQ_DEVICE inline void add_block(const Rows<A, true>& rows, GramBlock at, int hei
                                 double (*sum)[kBlockRows]) {
   using C = typename Access<A>::C;
   constexpr int W = Access<A>::W;
+  const bool diagonal = at.rows == at.columns;  // the same rows twice: read once
   for (int plane = 0; plane < Access<A>::planes; ++plane) {
     C x[kBlockRows][W], y[kBlockRows][W];
     for (int i = 0; i < kBlockRows; ++i) {
-      for (int w = 0; w < W; ++w) x[i][w] = y[i][w] = C(0);
+      for (int w = 0; w < W; ++w) x[i][w] = C(0);
       if (i < height) rows.quad(at.rows + i, plane, slot, x[i]);
-      if (at.columns + i < count) rows.quad(at.columns + i, plane, slot, y[i]);
+      for (int w = 0; w < W; ++w) y[i][w] = diagonal ? x[i][w] : C(0);
+      if (!diagonal && at.columns + i < count) rows.quad(at.columns + i, plane, slot, y[i]);
     }
     for (int w = 0; w < W; ++w) {
       double d[kBlockRows];
@@ -121,8 +140,8 @@ MQ_DEVICE inline void gram_blocks(const FrameArguments<true>& a, const Share& sh
     const bool busy = base + mine < a.layout.blocks && part < shares;
     double sum[kBlockRows][kBlockRows] = {};
     if (base > 0) walk.start();
-    walk.each([&](int64_t first, const unsigned char* stage) {
-      if (a.layout.staged) make_rows<A>(a, share, first, stage, shared);
+    walk.each([&](int tile, const unsigned char* stage) {
+      if (a.layout.staged) make_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
       __syncthreads();  // other threads' slots from here on
       const Rows<A, true> rows{a, stage, shared + a.layout.rows_at};
       if (busy)
@@ -151,6 +170,21 @@ MQ_DEVICE inline void gram_blocks(const FrameArguments<true>& a, const Share& sh
   }
 }
 
+// The Gram of a plain call that wants all rows, held. False where it is another.
+template <FrameAccess A, bool G, class Walk>
+MQ_DEVICE inline bool gram_plain(const FrameArguments<G>& a, const Share& share, uint32_t wanted, const Walk& walk,
+                                 unsigned char* shared) {
+  if constexpr (has_plain<A, G>) {
+    if (a.call.gram != GramKind::full) return false;
+    switch (plain_streams<A>(a, wanted)) {
+      case 2: gram_own<A, G, 2, false, true>(a, share, walk, shared); return true;
+      case 3: gram_own<A, G, 3, false, true>(a, share, walk, shared); return true;
+      default: break;
+    }
+  }
+  return false;
+}
+
 // The Gram of the rows in `wanted` (a prefix: row 0, or all) into own_at, by all threads. walk.start() was called.
 template <FrameAccess A, bool G, class Walk>
 MQ_DEVICE inline void gram(const FrameArguments<G>& a, const Share& share, uint32_t wanted, const Walk& walk,
@@ -162,17 +196,17 @@ MQ_DEVICE inline void gram(const FrameArguments<G>& a, const Share& share, uint3
   }
   if (a.call.gram == GramKind::first) {
     switch (count) {
-      case 2: return gram_own<A, G, 2, true>(a, share, walk, shared);
-      case 3: return gram_own<A, G, 3, true>(a, share, walk, shared);
-      case 4: return gram_own<A, G, 4, true>(a, share, walk, shared);
-      default: return gram_own<A, G, 5, true>(a, share, walk, shared);
+      case 2: return gram_own<A, G, 2, true, false>(a, share, walk, shared);
+      case 3: return gram_own<A, G, 3, true, false>(a, share, walk, shared);
+      case 4: return gram_own<A, G, 4, true, false>(a, share, walk, shared);
+      default: return gram_own<A, G, 5, true, false>(a, share, walk, shared);
     }
   }
   switch (count) {
-    case 1: return gram_own<A, G, 1, false>(a, share, walk, shared);
-    case 2: return gram_own<A, G, 2, false>(a, share, walk, shared);
-    case 3: return gram_own<A, G, 3, false>(a, share, walk, shared);
-    default: return gram_own<A, G, 4, false>(a, share, walk, shared);
+    case 1: return gram_own<A, G, 1, false, false>(a, share, walk, shared);
+    case 2: return gram_own<A, G, 2, false, false>(a, share, walk, shared);
+    case 3: return gram_own<A, G, 3, false, false>(a, share, walk, shared);
+    default: return gram_own<A, G, 4, false, false>(a, share, walk, shared);
   }
 }
 

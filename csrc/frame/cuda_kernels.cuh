@@ -73,8 +73,9 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
   }
   __syncthreads();
   auto* matrix = reinterpret_cast<C*>(shared + a.layout.matrix_at);
-  for (int i = static_cast<int>(threadIdx.x); i < call.outputs * call.rows; i += static_cast<int>(blockDim.x))
-    matrix[i] = static_cast<C>(map.c[i / call.rows][i % call.rows]);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  for (int i = static_cast<int>(threadIdx.x) / 32; i < call.outputs; i += warps)  // a warp a row: no divisions
+    if (lane < call.rows) matrix[i * call.rows + lane] = static_cast<C>(map.c[i][lane]);
   __syncthreads();
 }
 
@@ -99,7 +100,8 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   const double* p = parameters_of(a, share.sample);
   const uint32_t wanted = gram_rows(a.call, p);
   const HeldWalk<A, G> walk{a, share, shared};
-  walk.fetch_all(vectors_of(a.call, a.layout.vectors, rows_read(a.call, p)));
+  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, rows_read(a.call, p));
+  walk.fetch_all(vectors);
   load_prologue<A>(a, share.sample, shared);
   ptx::copy_async_wait<0>();
 
@@ -108,25 +110,22 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const bool together = wanted != 0u && a.splits > 1;  // the same for all CTAs of a sample
   const int entries = a.layout.entries, ranks = static_cast<int>(a.splits);
-  if (wanted != 0u) gram<A>(a, share, wanted, walk, shared);
+  if (wanted != 0u && !gram_plain<A>(a, share, wanted, walk, shared)) gram<A>(a, share, wanted, walk, shared);
   if (together) {
-    auto* gathered = reinterpret_cast<double*>(shared + a.layout.gathered_at);
     ptx::cluster_sync();  // everybody's own sums are there
-    for (int i = thread; i < ranks * entries; i += threads)
-      gathered[i] = ptx::load_cluster(own + i % entries, static_cast<unsigned>(i / entries));
-    ptx::cluster_arrive();  // this CTA has read what it wants of the others
-    __syncthreads();
     for (int e = thread; e < entries; e += threads) {
       double sum = 0.0;
-      for (int rank = 0; rank < ranks; ++rank) sum += gathered[rank * entries + e];
+      MQ_UNROLL(8)  // loads in flight
+      for (int rank = 0; rank < ranks; ++rank) sum += ptx::load_cluster(own + e, static_cast<unsigned>(rank));
       total[e] = sum;
     }
   } else {
     for (int e = thread; e < entries; e += threads) total[e] = wanted != 0u ? own[e] : 0.0;
   }
   __syncthreads();
+  if (together) ptx::cluster_arrive_relaxed();  // what this CTA wanted of the others is here
   decide<A>(a, share, p, shared);
-  apply<A>(a, share, walk, shared);
+  if (!apply_plain<A>(a, share, walk, shared)) apply<A>(a, share, walk, shared);
   if (together) ptx::cluster_wait();  // shared memory that others read must not go away
 }
 
@@ -140,10 +139,19 @@ frame_gram(const __grid_constant__ FrameArguments<G> a) {
   const Share share = share_of<A>(a);
   const uint32_t wanted = gram_rows(a.call, parameters_of(a, share.sample));
   if (wanted == 0u) return;  // nobody reads the workspace of this sample
-  const RingWalk<A, G> walk{a, share, vectors_of(a.call, a.layout.vectors, wanted), shared};
-  walk.start();
-  load_prologue<A>(a, share.sample, shared);
-  gram<A>(a, share, wanted, walk, shared);
+  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, wanted);
+  const int plain = a.call.gram == GramKind::full ? plain_streams<A>(a, vectors) : 0;
+  with_source<A>(a, share, vectors, plain, [&](const auto& source) {
+    constexpr int kStreams = std::decay_t<decltype(source)>::kStreams;
+    const RingWalk<A, G, std::decay_t<decltype(source)>> walk{a, source, shared};
+    walk.start();
+    load_prologue<A>(a, share.sample, shared);
+    if constexpr (kStreams != 0) {
+      gram_own<A, G, kStreams, false, true>(a, share, walk, shared);
+    } else {
+      gram<A>(a, share, wanted, walk, shared);
+    }
+  });
   const auto* own = reinterpret_cast<const double*>(shared + a.layout.own_at);
   double* to = a.workspace + ((share.sample - a.first_sample) * a.splits + share.split) * a.layout.entries;
   for (int e = static_cast<int>(threadIdx.x); e < a.layout.entries; e += static_cast<int>(blockDim.x)) to[e] = own[e];
@@ -171,8 +179,10 @@ frame_apply(const __grid_constant__ FrameArguments<G> a) {
   const Share share = share_of<A>(a);
   const double* p = parameters_of(a, share.sample);
   const uint32_t rows = a.call.outputs == 0 ? 0u : rows_read(a.call, p);
-  const RingWalk<A, G> walk{a, share, rows == 0u ? 0u : vectors_of(a.call, a.layout.vectors, rows), shared};
-  walk.start();
+  const uint32_t vectors = rows == 0u ? 0u : vectors_of(a.call, a.layout.vectors, rows);
+  with_source<A>(a, share, vectors, plain_streams<A>(a, vectors), [&](const auto& source) {
+    RingWalk<A, G, std::decay_t<decltype(source)>>{a, source, shared}.start();
+  });
   load_prologue<A>(a, share.sample, shared);
   if (a.layout.entries > 0) {
     if (gram_rows(a.call, p) != 0u) {
@@ -185,7 +195,15 @@ frame_apply(const __grid_constant__ FrameArguments<G> a) {
     __syncthreads();
   }
   decide<A>(a, share, p, shared);
-  apply<A>(a, share, walk, shared);
+  with_source<A>(a, share, vectors, applied_streams<A>(a, shared), [&](const auto& source) {
+    constexpr int kStreams = std::decay_t<decltype(source)>::kStreams;
+    const RingWalk<A, G, std::decay_t<decltype(source)>> walk{a, source, shared};
+    if constexpr (kStreams != 0) {
+      apply_streams<A, kStreams>(a, share, walk, shared);
+    } else {
+      apply<A>(a, share, walk, shared);
+    }
+  });
 }
 
 }  // namespace marquardt

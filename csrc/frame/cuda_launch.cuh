@@ -13,9 +13,10 @@ template <bool G>
 FrameArguments<G> arguments_of(const FrameCall& call, const FramePlan& plan, double* workspace) {
   FrameArguments<G> a{};
   a.call = call;
-  a.layout = layout_of(call, plan.access, plan.threads, plan.cluster);
+  a.layout = layout_of(call, plan.access, plan.threads);
   a.splits = plan.splits;
   a.tiles = plan.tiles;
+  a.plain = !G && is_plain(call, plan.access, plan.threads, plan.tiles);
   a.workspace = workspace;
   if (call.host_parameters) {
     const int room = G ? kManyParameters : kSmallParameters;

@@ -1,6 +1,6 @@
 // Where the parts of a CTA's shared memory lie. Plain C++, made on the host and read by the kernels.
 //
-//   map | matrix C | work of a low-rank map | Gram | own part of it | parts of the cluster | parts by warp | prologue | rows of one tile | stages of vectors
+//   map | matrix C | work of a low-rank map | Gram | own part of it | parts by warp | prologue | rows of one tile | stages of vectors
 //
 // A tile is threads · V elements of a sample; a thread owns one slot of V elements of every vector. Values of the
 // compute type are kept in planes of 16 bytes per thread, so that no two threads of a warp meet in a bank.
@@ -38,7 +38,7 @@ struct FrameLayout {
   int row_bytes;  // of a row of one tile
   int entries;    // of the Gram
   int blocks;     // 4 × 4 blocks that cover them; one warp takes one at a time
-  int map_at, matrix_at, work_at, gram_at, own_at, gathered_at, parts_at, prologue_at, rows_at, stages_at;
+  int map_at, matrix_at, work_at, gram_at, own_at, parts_at, prologue_at, rows_at, stages_at;
 };
 
 inline int gram_entries(const FrameCall& call) {
@@ -53,7 +53,7 @@ inline int gram_blocks(const FrameCall& call) {
 }
 
 // The layout without its stages, whose number the plan decides: they begin at stages_at.
-inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int threads, int cluster) {
+inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int threads) {
   FrameLayout l{};
   const int v = slot_elements(access), wide = compute_bytes(access);
   l.vectors = call.streams + (call.ones ? 1 : 0) + (call.seed != nullptr ? 1 : 0);
@@ -77,13 +77,27 @@ inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int thre
   l.work_at = place(is_lowrank(call.op) ? static_cast<int64_t>(sizeof(LowRankWork)) : 0);
   l.gram_at = place(8 * l.entries);
   l.own_at = place(8 * l.entries);
-  l.gathered_at = place(cluster == 1 ? 0 : 8 * l.entries * cluster);
   l.parts_at = place(l.blocks == 0 ? 0 : 8 * kBlockEntries * (threads / 32));
   l.prologue_at = place(call.prologue == nullptr ? 0 : static_cast<int64_t>(call.rows) * l.vectors * wide);
   at = (at + 127) / 128 * 128;
   l.rows_at = place(l.staged ? static_cast<int64_t>(call.rows) * l.row_bytes : 0);
   l.stages_at = at;
   return l;
+}
+
+// Whether every slot of every vector and output is 16 bytes, aligned and whole, the usual call: then nothing about them is
+// asked slot by slot (cuda_plain.cuh). Of calls that quick kernels run.
+inline bool is_plain(const FrameCall& call, FrameAccess access, int threads, int64_t tiles) {
+  const int v = slot_elements(access);
+  if (access == FrameAccess::mixed || call.seed != nullptr || call.rows != call.streams) return false;
+  if (call.size % v != 0 || tiles * threads * 16 > 1 << 30) return false;  // offsets of 32 bits
+  const auto fits = [&](const void* data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (call.batch == 1 || stride % v == 0);
+  };
+  bool plain = true;
+  for (int j = 0; j < call.streams; ++j) plain = plain && fits(call.stream[j].data, call.stream[j].batch_stride);
+  for (int i = 0; i < call.outputs; ++i) plain = plain && fits(call.output[i].data, call.output[i].batch_stride);
+  return plain;
 }
 
 }  // namespace marquardt

@@ -36,6 +36,7 @@ struct FrameArguments {
   int64_t first_sample;  // of this launch
   int64_t splits;        // CTAs per sample
   int64_t tiles;         // tiles per CTA
+  bool plain;            // is_plain
   bool backwards;        // the last CTA first, for what L2 kept of the sweep before
   double* workspace;     // [samples of the group, splits, entries]
   double parameters[General ? kManyParameters : kSmallParameters];
@@ -64,10 +65,12 @@ struct Share {
 
 template <FrameAccess A, bool G>
 MQ_DEVICE inline Share share_of(const FrameArguments<G>& a) {
-  const int64_t block = a.backwards ? static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x : blockIdx.x;
+  // A grid has less than 2³¹ CTAs, and a division of 64 bits takes a hundred instructions.
+  const auto block = static_cast<unsigned>(a.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  const auto splits = static_cast<unsigned>(a.splits);
   Share s;
-  s.sample = a.first_sample + block / a.splits;
-  s.split = block % a.splits;
+  s.sample = a.first_sample + block / splits;
+  s.split = block % splits;
   const int64_t length = a.tiles * blockDim.x * Access<A>::V;
   s.begin = s.split * length < a.call.size ? s.split * length : a.call.size;
   s.end = s.begin + length < a.call.size ? s.begin + length : a.call.size;

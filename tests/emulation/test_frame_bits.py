@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from frame_calls import Place, bf16, f32, run
+from frame_calls import Place, bf16, f16, f32, f64, run
 from frame_cases import affine, affine_backward, given, lm, lm_backward, lm_jvp, plans
 
 from harness import same_bits
@@ -84,6 +84,30 @@ def test_in_place(emulation, make):
             for j in range(len(frame.streams)):
                 within = dataclasses.replace(frame, in_place=j)
                 assert equal(apart, run(emulation, within, **plan)), (j, apart.plan["text"])
+
+
+PLAIN = {
+    "lm": lm,
+    "lm-per-sample": lambda shape, **k: lm(shape, per_sample=True, **k),
+    "lm_backward": lm_backward,
+    "affine-2": lambda shape, **k: affine(shape, 2, **k),
+    "affine-3": lambda shape, **k: affine(shape, 3, per_sample=True, **k),
+}
+
+
+@pytest.mark.parametrize("pair", [(f32, f32), (bf16, bf16), (f16, bf16), (f64, f64)], ids=str)
+@pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN.keys())
+def test_aligned_and_astray(emulation, make, pair):
+    """The short way for calls whose slots are all aligned and whole: the bits of the long one, in place as well."""
+    for size in (8, 1048, 3 * 1024):
+        frame = make((3, size), pair=pair)
+        astray = frame.placed([Place(1), Place(3, 1), Place(2)], [Place(1, 1)])
+        for plan in plans(frame):
+            aligned = run(emulation, frame, **plan)
+            assert equal(aligned, run(emulation, astray, **plan)), (size, aligned.plan["text"])
+        if frame.outputs[0] == frame.streams[0].dtype:
+            within = dataclasses.replace(frame, in_place=0)
+            assert equal(run(emulation, frame), run(emulation, within)), size
 
 
 def test_flat_and_batched(emulation):

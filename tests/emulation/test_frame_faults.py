@@ -19,7 +19,7 @@ pytestmark = pytest.mark.emulation
 
 SOURCES = emulated.ROOT / "csrc" / "frame"
 SITE = re.compile(
-    r"(__syncthreads\(\)|__syncwarp\(\)|ptx::cluster_(?:sync|arrive|wait)\(\)"
+    r"(__syncthreads\(\)|__syncwarp\(\)|ptx::cluster_(?:sync|arrive|arrive_relaxed|wait)\(\)"
     r"|ptx::copy_async_(?:wait<[^;]*>|commit)\(\));"
 )
 # Two sorts of kernels, and cases of theirs that together come past every barrier, the cheapest first.

@@ -101,6 +101,29 @@ class TestChoice:
                 plan = plan_of(emulation, frame, (256, 1024), **limits)
                 assert plan["variant"] == "held", plan["text"]
 
+    @pytest.mark.parametrize("limits", [H200, A100, SMALL], ids=["H200", "A100", "small"])
+    def test_sweeps_are_one_wave(self, emulation, limits):
+        """As many CTAs as are resident at once, or fewer; more only where each walks the most tiles, or has one."""
+        places = 3 * limits["sms"]
+        for make, batch, size in itertools.product(
+            (lambda shape: affine(shape, 3), lm), (1, 2, 3, 17, 48, 100), (1 << 17, 3145728, 1 << 22, 1 << 24)
+        ):
+            plan = plan_of(emulation, make((1, 8)), (batch, size), **limits)
+            if plan["variant"] == "held":
+                continue
+            ctas = plan["splits"] * (min(batch, plan["group"]) if plan["variant"] == "two_sweeps" else 1)
+            assert ctas <= places or plan["splits"] == 1 or plan["tiles"] >= 64, (batch, size, plan["text"])
+            # and not many fewer, while there are tiles for them
+            assert ctas * 2 > places or plan["tiles"] == 1, (batch, size, plan["text"])
+
+    def test_a_lone_medium_sample_has_the_chip(self, emulation):
+        """A cluster's 16 CTAs would be slower than two launches over all multiprocessors."""
+        for batch in (1, 2, 4):
+            plan = plan_of(emulation, lm((1, 8)), (batch, 4 * 128 * 128))
+            assert plan["variant"] == "two_sweeps" and plan["splits"] * batch >= 64, plan["text"]
+        for batch, size in ((1, LATENT), (8, 4 * 128 * 128), (8, LATENT)):
+            assert plan_of(emulation, lm((1, 8)), (batch, size))["variant"] == "held"
+
     def test_a_frame_beyond_the_cluster_is_swept_twice(self, emulation):
         for batch in (1, 8, 64):
             plan = plan_of(emulation, lm((1, 8)), (batch, 1 << 24))
