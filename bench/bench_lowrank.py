@@ -20,6 +20,7 @@ from marquardt import reference
 
 from . import floors, peers
 from .bench_frame import GPU_COPY, GPU_COPY_BYTES, doubles, eager_and_compiled, gpu_floors, size, unit
+from .cuda import GRAPH_TRAFFIC
 from .protocol import outputs
 from .row import Call, Contest, Floor, Goal, Row
 
@@ -167,6 +168,9 @@ def lowrank_row(
         # Eigenvectors of an eager peer have any sign: not comparable by value.
         tolerance = None if name == "lowrank_update" else peers.TOLERANCE[dtype]
         rivals = eager_and_compiled(eager, v, U, s, tolerance=tolerance, with_compile=with_compile)
+        small = (k + 2) * size(shape, dtype) < GRAPH_TRAFFIC
+        if device != "cpu" and small and name not in ("lowrank_matvec", "lowrank_logdet"):
+            rivals = {}  # torch.linalg waits for the device: it cannot be captured, as rows of this size are
         rows = [v, *U.unbind(1)]
         made: tuple[Floor, ...] = two_levels(
             [t.contiguous() for t in rows], torch.empty_like(v), max(writes, 1)

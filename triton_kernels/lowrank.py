@@ -48,6 +48,7 @@ def _spectral(rows: Rows, coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gram, table.expand(gram.shape[0], -1), info
 
 
+@launch.entry
 def lowrank_apply(
     v: Tensor, basis: Tensor, coef: Tensor, variant: int, check: bool, batch_dims: int
 ) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,7 @@ def lowrank_apply(
     return layout.finish(out), info
 
 
+@launch.entry
 def lowrank_vjp(
     grad: Tensor, v: Tensor, basis: Tensor, coef: Tensor, variant: int, batch_dims: int
 ) -> tuple[Tensor, Tensor]:
@@ -84,6 +86,7 @@ def lowrank_vjp(
     return _stack(rows, matrix, basis.dtype), d_coef
 
 
+@launch.entry
 def lowrank_logdet(basis: Tensor, coef: Tensor, check: bool, batch_dims: int) -> Tensor:
     """(log det H, info), [B, 2] float64."""
     launch.check_device("lowrank_logdet", [basis])
@@ -94,6 +97,7 @@ def lowrank_logdet(basis: Tensor, coef: Tensor, check: bool, batch_dims: int) ->
     return found
 
 
+@launch.entry
 def lowrank_logdet_vjp(basis: Tensor, coef: Tensor, batch_dims: int) -> tuple[Tensor, Tensor]:
     """(d_basis, d_coef [B, 1 + k]) of grad·log det H, with coef = (damping, s…, grad)."""
     launch.check_device("lowrank_logdet_vjp", [basis])
@@ -102,6 +106,7 @@ def lowrank_logdet_vjp(basis: Tensor, coef: Tensor, batch_dims: int) -> tuple[Te
     return _stack(rows, matrix, basis.dtype), d_coef
 
 
+@launch.entry
 def lowrank_update(
     v: Tensor, basis: Tensor, coef: Tensor, rank: int, batch_dims: int
 ) -> tuple[Tensor, Tensor]:

@@ -288,6 +288,17 @@ def stack_alone(op: str, basis: Any, batch_dims: int) -> int:
     return k
 
 
+def host_number(op: str, argument: str, value: Any, positive: bool) -> None:
+    """A number that the host knows, also where it will travel to the device with others: finite, and not negative."""
+    if isinstance(value, Tensor):
+        if value.dim() > 0 or value.device.type != "cpu" or not host_values(value.reshape(1)):
+            return
+        value = value.item()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not 0.0 <= value < math.inf or (positive and value == 0.0):
+            raise errors.value(op, argument, f"be finite and {'>' if positive else '>='} 0", value)
+
+
 def lowrank_scalars(op: str, coef: Any, k: int, positive: bool) -> None:
     """Damping is finite and positive (for a product: not negative), s is finite."""
     for row in host_values(coef):

@@ -137,6 +137,7 @@ def _apply(
     checks.floating(op, argument, v)
     checks.batched(op, argument, v, batch_dims)
     k = checks.stack(op, U, argument, v, batch_dims)
+    checks.host_number(op, "damping", damping, positive=variant != MATVEC)
     coef = scalars.with_weights(op, ("damping",), (damping,), s, k, v, batch_dims)
     check = check and _raises()
     made: tuple[Tensor, Tensor] = APPLY.call(v, U, coef, variant, check, batch_dims)
@@ -302,6 +303,7 @@ def lowrank_logdet(
     batch_dims = 0 if shared else batch_dims
     k = checks.stack_alone(op, U, batch_dims)
     row = U.select(batch_dims, 0) if k else U.new_empty((*U.shape[:batch_dims], *U.shape[batch_dims + 1 :]))
+    checks.host_number(op, "damping", damping, positive=True)
     coef = scalars.with_weights(op, ("damping",), (damping,), s, k, row, batch_dims)
     if k == 0:
         batch, size = batch_and_size(row, batch_dims)
@@ -355,6 +357,8 @@ def lowrank_update(
     rank = k if rank is None else rank
     if not isinstance(rank, (int, torch.SymInt)) or isinstance(rank, bool):
         raise errors.kind(op, "rank", "be a whole number", type(rank).__name__)
+    for name, number in (("decay", decay), ("weight", weight)):
+        checks.host_number(op, name, number, positive=False)
     coef = scalars.with_weights(op, ("decay", "weight"), (decay, weight), s, k, v, batch_dims)
     rows, found = UPDATE.call(v, U, coef, rank, batch_dims)
     return rows, found if batch_dims else found[0]

@@ -51,7 +51,9 @@ def compose_gram_pair(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
                     a, b = a.unflatten(0, (-1, size)), b.unflatten(0, (-1, size))  # [pieces, rows, i or o]
                     gram += torch.bmm(a.mT, a).sum(0, dtype=torch.float64)
                     cross += torch.bmm(b.mT, a).sum(0, dtype=torch.float64)
-    return gram, cross
+    return torch.tril(gram) + torch.tril(
+        gram, -1
+    ).mT, cross  # a library's product need not be symmetric to the bit
 
 
 def _fake_gram_pair(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

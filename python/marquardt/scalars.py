@@ -81,6 +81,7 @@ def _is_number(c: Tensor, device: torch.device) -> bool:
         and c.device.type == "cpu"
         and type(c) is Tensor
         and not c.requires_grad
+        and torch.autograd.forward_ad._current_level < 0  # a tangent would be lost
         and not _is_compiling()
         and not _dispatch_modes()
         and not torch._C._functorch.is_functorch_wrapped_tensor(c)
