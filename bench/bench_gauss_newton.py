@@ -156,7 +156,10 @@ def rows(device: str, full: bool) -> list[Row]:
         return [head_row(HEADS[0], f32, device, False), solve_row(SOLVES[1], f32, device, False)]
     made = [head_row(s, f32, device, with_compile=full or s == HEADS[0]) for s in heads]
     made += [solve_row(s, f32, device, with_compile=full or s == SOLVES[1]) for s in solves]
-    return [*made, head_row(HEADS[0], bf16, device, False), solve_row(SOLVES[1], bf16, device, False)]
+    return [
+        *made,
+        head_row(HEADS[0], bf16, device, False),
+    ]  # torch has no inverse in 16 bits to compare a solve with
 
 
 def test_row(row: Row, measure: Callable[[Row], None]) -> None:
