@@ -32,7 +32,8 @@ MQ_DEVICE inline void load_prologue(const FrameArguments<G>& a, int64_t sample, 
   }
 }
 
-// The first warp of a CTA as a team (core/small.h).
+// The first warp of a CTA as a team (core/small.h); a type for each sort of kernels, whose code then is their own.
+template <FrameAccess>
 struct FirstWarp {
   MQ_HOST_DEVICE static int lane() {
 #if defined(__CUDA_ARCH__) || defined(MARQUARDT_EMULATION)
@@ -58,14 +59,16 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
   const auto* total = reinterpret_cast<const double*>(shared + a.layout.gram_at);
   double* returned =
       call.scalars != nullptr && share.split == 0 ? call.scalars + share.sample * call.scalar_stride : nullptr;
-  if (G && is_lowrank(call.op)) {
-    if (threadIdx.x < 32) {
-      if (threadIdx.x == 0) begin_lowrank(call, map);
-      __syncwarp();
-      lowrank_map(FirstWarp{}, call, total, p, map, returned,
+  bool mapped = false;
+  if constexpr (G) {
+    mapped = is_lowrank(call.op);
+    if (mapped && threadIdx.x < 32) {
+      if (threadIdx.x == 0) begin_lowrank(call, map);  // it alone changes what this sets
+      lowrank_map(FirstWarp<A>{}, call, total, p, map, returned,
                   *reinterpret_cast<LowRankWork*>(shared + a.layout.work_at));
     }
-  } else if (threadIdx.x < 32) {
+  }
+  if (!mapped && threadIdx.x < 32) {
     const int parts = map_parts(call, p);
     if (static_cast<int>(threadIdx.x) < parts) map_part(call, total, p, static_cast<int>(threadIdx.x), map);
     __syncwarp();

@@ -104,7 +104,7 @@ def test_nothing_to_do():
 
 def test_explain_has_the_plan():
     """The launch in words, of the very call: what the kernel stages see decides."""
-    small, large = make(), make((1, 1 << 18))
+    small, large = make(), make((8, 1 << 16))
     found = mq.explain(mq.lm_direction, *small, damping=0.1, kappa=0.3)
     assert found.plan in str(found)
     lines = {
