@@ -78,4 +78,11 @@ def test_engine(tests):
 @pytest.mark.full
 def test_values_and_derivatives(tests):
     """Accuracy against the oracles, derivatives of every kind, equal bits over batch sizes and positions."""
-    tests("-m", "(accuracy or gradcheck or determinism) and not full", "-k", "not reference", *OPS)
+    kinds = "(accuracy or gradcheck or determinism) and not full"
+    tests("-m", kinds, "-k", "not reference", "tests/test_hessian.py", "tests/test_langevin.py")
+
+
+@pytest.mark.full
+def test_values_of_the_low_rank_family(tests):
+    chosen = "not reference and not gradient and not tangent"
+    tests("-m", "accuracy and not full", "-k", chosen, "tests/test_lowrank.py", "tests/test_lowrank_logdet.py")
