@@ -183,6 +183,7 @@ def lowrank_row(
             tolerance=(1e-6 if name == "lowrank_update" else 2e-7) + unit(dtype),
             peers=rivals,
             floors=made,
+            numbers=int(name in ("lowrank_update", "lowrank_logdet")),
         )
 
     return Row(

@@ -121,7 +121,8 @@ def gate(contest: Contest, dtype: torch.dtype) -> tuple[float, dict[str, float |
     if any(t.dtype is not torch.float64 for t in want):
         raise TypeError("the oracle of a benchmark row computes in float64")
     got = outputs(contest.subject())
-    if any(t.dtype not in (dtype, torch.float64) for t in got):  # numbers per sample are float64
+    due = [dtype] * (len(got) - contest.numbers) + [torch.float64] * contest.numbers
+    if [t.dtype for t in got] != due:
         raise WrongResult(f"the result is {[str(t.dtype) for t in got]}, not {dtype}")
     ours = worst(got, want)
     if not ours <= contest.tolerance:

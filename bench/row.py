@@ -70,6 +70,7 @@ class Contest:
     tolerance: float
     peers: dict[str, Peer] = field(default_factory=dict)
     floors: tuple[Floor, ...] = ()
+    numbers: int = 0  # of the last outputs are numbers per sample, float64 whatever the row's dtype
 
 
 @dataclass(frozen=True)
