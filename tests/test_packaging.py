@@ -265,7 +265,14 @@ def old_torch_python(tmp_path_factory):
 
 
 # Tests of what stands in the source tree alone, and of Triton, which wants a process of its own.
-OF_THE_SOURCES = ("emulation", "static", "test_gpu_kit.py", "test_gpu_bench.py", "triton")
+OF_THE_SOURCES = (
+    "emulation",
+    "static",
+    "test_gpu_kit.py",
+    "test_gpu_kit_build.py",
+    "test_gpu_bench.py",
+    "triton",
+)
 
 
 @pytest.mark.full

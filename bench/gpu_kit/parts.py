@@ -124,7 +124,11 @@ LOWRANK = tuple(
     f"tests/test_lowrank{name}.py" for name in ("", "_forms", "_logdet", "_update", "_hessian_module")
 )
 SUITES = {
-    "cuda": (("tests/test_cuda.py", "tests/test_gauss_newton.py"), "Cuda or cuda", 1),
+    "cuda": (
+        ("tests/test_cuda.py", "tests/test_gauss_newton.py", "tests/test_gauss_newton_calls.py"),
+        "Cuda or cuda",
+        1,
+    ),
     "lowrank-cuda": (LOWRANK, "cuda-cuda", 7),
     "hessian-cuda": (("tests/test_hessian.py",), "cuda-cuda", 2),
     "langevin-cuda": (("tests/test_langevin.py",), "cuda-cuda", 2),

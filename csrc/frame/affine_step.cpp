@@ -1,8 +1,7 @@
 // affine_step: a weighted sum of vectors, and noise. No Gram; C is the coefficients themselves.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "core/register.h"
 #include "frame/launch.h"
 
 namespace marquardt {
@@ -74,38 +73,24 @@ std::tuple<std::vector<Tensor>, Tensor> backward(const Tensor& grad, const std::
   return {std::move(d_terms), std::move(d_coef)};
 }
 
-// One set of functions for both keys: the tensors say where a call runs.
-void register_kernels(torch::stable::detail::StableLibrary& m) {
-  m.impl("affine_step", TORCH_BOX(&affine_step));
-  m.impl("affine_step_out", TORCH_BOX(&affine_step_out));
-  m.impl("affine_step_backward", TORCH_BOX(&backward));
-  m.impl("_affine_step", TORCH_BOX(&affine_step));
-  m.impl("_affine_step_out", TORCH_BOX(&affine_step_out));
-  m.impl("_affine_step_backward", TORCH_BOX(&backward));
+void register_kernels(StableLibrary& m) {
+  implement_both(m, "affine_step", TORCH_BOX(&affine_step));
+  implement_both(m, "affine_step_out", TORCH_BOX(&affine_step_out));
+  implement_both(m, "affine_step_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace
 }  // namespace marquardt
 
 STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
-  m.def("affine_step(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims) -> Tensor");
+  using marquardt::define_both;
+  define_both(m, "affine_step", "(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims) -> Tensor");
+  define_both(m, "affine_step_backward",
+              "(Tensor grad, Tensor[] terms, Tensor coef, Tensor? seed, bool want_terms, bool want_coef,"
+              " int batch_dims) -> (Tensor[], Tensor)");
+  // Traced, `out` is a keyword, as torch wants it of an out variant.
   m.def("affine_step_out(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims, *, Tensor(a!) out) -> ()");
-  m.def(
-      "affine_step_backward(Tensor grad, Tensor[] terms, Tensor coef, Tensor? seed, bool want_terms, bool want_coef,"
-      " int batch_dims) -> (Tensor[], Tensor)");
-  m.def("_affine_step(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims) -> Tensor");
   m.def("_affine_step_out(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims, Tensor(a!) out) -> ()");
-  m.def(
-      "_affine_step_backward(Tensor grad, Tensor[] terms, Tensor coef, Tensor? seed, bool want_terms, bool want_coef,"
-      " int batch_dims) -> (Tensor[], Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
-  marquardt::register_kernels(m);
-}
-
-#if defined(MARQUARDT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(marquardt, CUDA, m) {
-  marquardt::register_kernels(m);
-}
-#endif
+MQ_ON_EVERY_DEVICE(marquardt::register_kernels)

@@ -1,9 +1,8 @@
 // The engine itself as operators: Gram and apply with every feature, and the scalar maps. Ops are built from these
 // in tests and in compositions; a hot op has a launcher of its own beside this file.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
+#include "core/register.h"
 #include "frame/launch.h"
 #include "frame/maps.h"
 #include "frame/run.h"
@@ -181,8 +180,7 @@ Tensor frame_map_rows(int64_t op, int64_t mode, const Tensor& gram, const Tensor
   return out;
 }
 
-// One set of functions for both keys: the tensors say where a call runs.
-void register_kernels(torch::stable::detail::StableLibrary& m) {
+void register_kernels(StableLibrary& m) {
   m.impl("_frame_gram", TORCH_BOX(&frame_gram));
   m.impl("_frame_apply", TORCH_BOX(&frame_apply));
 }
@@ -200,13 +198,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
   m.def("_frame_map(int op, int variant, Tensor gram, Tensor coef) -> Tensor");
 }
 
+MQ_ON_EVERY_DEVICE(marquardt::register_kernels)
+
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
-  marquardt::register_kernels(m);
   m.impl("_frame_map", TORCH_BOX(&marquardt::frame_map_rows));
 }
-
-#if defined(MARQUARDT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(marquardt, CUDA, m) {
-  marquardt::register_kernels(m);
-}
-#endif

@@ -1,10 +1,9 @@
 // lm_direction: schema, checks, and its three calls of the frame engine (value, vector–Jacobian and
 // Jacobian–vector product). The formula is in maps.h.
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 #include <tuple>
 
+#include "core/register.h"
 #include "frame/launch.h"
 #include "frame/maps.h"
 
@@ -105,48 +104,29 @@ Tensor jvp(const Tensor& eps, const Tensor& prev, const Tensor& coef, const Tens
   return launcher.run_one();
 }
 
-// One set of functions for both keys: the tensors say where a call runs.
-void register_kernels(torch::stable::detail::StableLibrary& m) {
-  m.impl("lm_direction", TORCH_BOX(&lm_direction));
-  m.impl("lm_direction_out", TORCH_BOX(&lm_direction_out));
-  m.impl("lm_direction_backward", TORCH_BOX(&backward));
-  m.impl("lm_direction_jvp", TORCH_BOX(&jvp));
-  m.impl("_lm_direction", TORCH_BOX(&lm_direction));
-  m.impl("_lm_direction_out", TORCH_BOX(&lm_direction_out));
-  m.impl("_lm_direction_backward", TORCH_BOX(&backward));
-  m.impl("_lm_direction_jvp", TORCH_BOX(&jvp));
+void register_kernels(StableLibrary& m) {
+  implement_both(m, "lm_direction", TORCH_BOX(&lm_direction));
+  implement_both(m, "lm_direction_out", TORCH_BOX(&lm_direction_out));
+  implement_both(m, "lm_direction_backward", TORCH_BOX(&backward));
+  implement_both(m, "lm_direction_jvp", TORCH_BOX(&jvp));
 }
 
 }  // namespace
 }  // namespace marquardt
 
 STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
-  m.def("lm_direction(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims) -> Tensor");
+  using marquardt::define_both;
+  define_both(m, "lm_direction", "(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims) -> Tensor");
+  define_both(m, "lm_direction_backward",
+              "(Tensor grad, Tensor eps, Tensor prev, Tensor coef, int variant, int batch_dims)"
+              " -> (Tensor, Tensor, Tensor)");
+  define_both(m, "lm_direction_jvp",
+              "(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int variant,"
+              " int batch_dims) -> Tensor");
+  // Traced, `out` is a keyword, as torch wants it of an out variant.
   m.def(
       "lm_direction_out(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims, *, Tensor(a!) out) -> ()");
-  m.def(
-      "lm_direction_backward(Tensor grad, Tensor eps, Tensor prev, Tensor coef, int variant, int batch_dims)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "lm_direction_jvp(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int variant,"
-      " int batch_dims) -> Tensor");
-  // The same kernels without an autograd formula: what eager calls take once autograd is settled.
-  m.def("_lm_direction(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims) -> Tensor");
   m.def("_lm_direction_out(Tensor eps, Tensor? prev, Tensor coef, int variant, int batch_dims, Tensor(a!) out) -> ()");
-  m.def(
-      "_lm_direction_backward(Tensor grad, Tensor eps, Tensor prev, Tensor coef, int variant, int batch_dims)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "_lm_direction_jvp(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int variant,"
-      " int batch_dims) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
-  marquardt::register_kernels(m);
-}
-
-#if defined(MARQUARDT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(marquardt, CUDA, m) {
-  marquardt::register_kernels(m);
-}
-#endif
+MQ_ON_EVERY_DEVICE(marquardt::register_kernels)

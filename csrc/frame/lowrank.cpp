@@ -1,10 +1,9 @@
 // The damped low-rank Hessian H = λI + U diag(s) Uᵀ: schemas, checks, and the calls of the frame engine. The rows of U
 // are vectors of the frame; the formulas are in lowrank_maps.h.
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 #include <tuple>
 
+#include "core/register.h"
 #include "frame/launch.h"
 #include "frame/maps.h"
 
@@ -147,51 +146,27 @@ std::tuple<Tensor, Tensor> update(const Tensor& v, const Tensor& basis, const Te
   return {std::move(rows), std::move(s)};
 }
 
-// One set of functions for both keys: the tensors say where a call runs.
-void register_kernels(torch::stable::detail::StableLibrary& m) {
-  m.impl("lowrank_apply", TORCH_BOX(&apply));
-  m.impl("lowrank_vjp", TORCH_BOX(&vjp));
-  m.impl("lowrank_logdet", TORCH_BOX(&logdet));
-  m.impl("lowrank_logdet_vjp", TORCH_BOX(&logdet_backward));
-  m.impl("lowrank_update", TORCH_BOX(&update));
-  m.impl("_lowrank_apply", TORCH_BOX(&apply));
-  m.impl("_lowrank_vjp", TORCH_BOX(&vjp));
-  m.impl("_lowrank_logdet", TORCH_BOX(&logdet));
-  m.impl("_lowrank_logdet_vjp", TORCH_BOX(&logdet_backward));
-  m.impl("_lowrank_update", TORCH_BOX(&update));
+void register_kernels(StableLibrary& m) {
+  implement_both(m, "lowrank_apply", TORCH_BOX(&apply));
+  implement_both(m, "lowrank_vjp", TORCH_BOX(&vjp));
+  implement_both(m, "lowrank_logdet", TORCH_BOX(&logdet));
+  implement_both(m, "lowrank_logdet_vjp", TORCH_BOX(&logdet_backward));
+  implement_both(m, "lowrank_update", TORCH_BOX(&update));
 }
 
 }  // namespace
 }  // namespace marquardt
 
 STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
-  m.def(
-      "lowrank_apply(Tensor v, Tensor basis, Tensor coef, int variant, bool check, int batch_dims)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "lowrank_vjp(Tensor grad, Tensor v, Tensor basis, Tensor coef, int variant, int batch_dims)"
-      " -> (Tensor, Tensor)");
-  m.def("lowrank_logdet(Tensor basis, Tensor coef, bool check, int batch_dims) -> Tensor");
-  m.def("lowrank_logdet_vjp(Tensor basis, Tensor coef, int batch_dims) -> (Tensor, Tensor)");
-  m.def("lowrank_update(Tensor v, Tensor basis, Tensor coef, int rank, int batch_dims) -> (Tensor, Tensor)");
-  // The same kernels without an autograd formula: what eager calls take once autograd is settled.
-  m.def(
-      "_lowrank_apply(Tensor v, Tensor basis, Tensor coef, int variant, bool check, int batch_dims)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "_lowrank_vjp(Tensor grad, Tensor v, Tensor basis, Tensor coef, int variant, int batch_dims)"
-      " -> (Tensor, Tensor)");
-  m.def("_lowrank_logdet(Tensor basis, Tensor coef, bool check, int batch_dims) -> Tensor");
-  m.def("_lowrank_logdet_vjp(Tensor basis, Tensor coef, int batch_dims) -> (Tensor, Tensor)");
-  m.def("_lowrank_update(Tensor v, Tensor basis, Tensor coef, int rank, int batch_dims) -> (Tensor, Tensor)");
+  using marquardt::define_both;
+  define_both(m, "lowrank_apply",
+              "(Tensor v, Tensor basis, Tensor coef, int variant, bool check, int batch_dims) -> (Tensor, Tensor)");
+  define_both(m, "lowrank_vjp",
+              "(Tensor grad, Tensor v, Tensor basis, Tensor coef, int variant, int batch_dims) -> (Tensor, Tensor)");
+  define_both(m, "lowrank_logdet", "(Tensor basis, Tensor coef, bool check, int batch_dims) -> Tensor");
+  define_both(m, "lowrank_logdet_vjp", "(Tensor basis, Tensor coef, int batch_dims) -> (Tensor, Tensor)");
+  define_both(m, "lowrank_update",
+              "(Tensor v, Tensor basis, Tensor coef, int rank, int batch_dims) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
-  marquardt::register_kernels(m);
-}
-
-#if defined(MARQUARDT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(marquardt, CUDA, m) {
-  marquardt::register_kernels(m);
-}
-#endif
+MQ_ON_EVERY_DEVICE(marquardt::register_kernels)

@@ -16,7 +16,6 @@ from .scalars import Scalar
 Tensor = torch.Tensor
 
 MATVEC, SOLVE, INV_SQRT = reference.MATVEC, reference.SOLVE, reference.INV_SQRT
-MAX_RANK = 16
 _ARGUMENT = ("v", "g", "z")  # how the ops call the vector they work on
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from . import checks, errors
+from .checks import MAX_RANK
 from .layout import batch_and_size
 from .lowrank import (
-    MAX_RANK,
     lowrank_inv_sqrt,
     lowrank_logdet,
     lowrank_matvec,

@@ -85,4 +85,6 @@ def test_values_and_derivatives(tests):
 @pytest.mark.full
 def test_values_of_the_low_rank_family(tests):
     chosen = "not reference and not gradient and not tangent"
-    tests("-m", "accuracy and not full", "-k", chosen, "tests/test_lowrank.py", "tests/test_lowrank_logdet.py")
+    tests(
+        "-m", "accuracy and not full", "-k", chosen, "tests/test_lowrank.py", "tests/test_lowrank_logdet.py"
+    )

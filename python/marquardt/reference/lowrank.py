@@ -68,6 +68,7 @@ def combine(c: Tensor, U: Tensor) -> Tensor:
 
 
 def identity_like(G: Tensor) -> Tensor:
+    """I for each of [B, k, k]."""
     return torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
 
 
