@@ -243,13 +243,18 @@ class Values:
         for d in found:
             assert d is None or bool(d.isfinite().all())
 
+    # Shape and factor of the first tensor at which its squared norm is far beyond 65504.
+    large: tuple[tuple[int, ...], float] = ((2, 4, 141, 130), 1.0)
+
     def test_no_overflow_inside(self, target: Target, case: Case):
         """float16 samples whose squared norm is far beyond 65504."""
         if "seed" in case.keywords:
             pytest.skip("noise has nothing to overflow, and takes long to judge")
-        shape = (2, 4, 141, 130)
+        shape, factor = self.large
         for pair in ((torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (f32, torch.float16)):
-            tensors = self.op.inputs(case, shape, pair, target.device)
+            made = self.op.inputs(case, shape, (f64, f64), target.device)
+            made = [factor * t if j == 0 else t for j, t in enumerate(made)]
+            tensors = [None if t is None else t.to(pair[min(j, 1)]) for j, t in enumerate(made)]
             out = self.op.run(target, case, tensors)
             assert float((rows(tensors[0]) ** 2).sum(-1).min()) > 65504
             self._right(case, tensors, out)
