@@ -1,5 +1,5 @@
-// The usual call, where is_plain: two or three streams (with more, registers run out), all of whose slots are 16 bytes, aligned and whole. The same numbers
-// in the same order as everywhere else, without anything that is asked slot by slot.
+// The usual call, where is_plain: two or three streams (with more, registers run out), all of whose slots are 16 bytes,
+// aligned and whole. The same numbers in the same order as everywhere else, without anything that is asked slot by slot.
 #pragma once
 
 #include "frame/cuda_rows.cuh"

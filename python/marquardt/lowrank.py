@@ -9,6 +9,7 @@ import torch
 
 from . import checks, errors, scalars
 from .declare import Op
+from .langevin import affine_step
 from .layout import batch_and_size, empty_output
 from .reference import lowrank as reference
 from .scalars import Scalar
@@ -231,18 +232,10 @@ def lowrank_solve(
 
 def _with_norm_of(x: Tensor, g: Tensor, batch_dims: int) -> Tensor:
     """x·‖g‖/‖x‖ per sample; 0 stays 0. Norms are taken of the rounded x: that of the formula may cancel."""
-    dims = tuple(range(batch_dims, x.dim()))
     wide = reference.frame.scalar_dtype(x.device)
-    if not dims:
-        dims, x, g, batch_dims = (batch_dims,), x.unsqueeze(-1), g.unsqueeze(-1), -1
-    square = [t.to(wide).square().sum(dims) for t in (x, g)]
-    empty = square[0] == 0
-    ratio = torch.where(empty, 0.0, (square[1] / torch.where(empty, 1.0, square[0]))).sqrt()
-    from .langevin import affine_step
-
-    if batch_dims < 0:
-        return (x * ratio.unsqueeze(-1).to(x.dtype)).squeeze(-1)
-    return affine_step([x], [ratio], batch_dims=batch_dims)
+    of_x, of_g = (t.to(wide).square().reshape(batch_and_size(t, batch_dims)).sum(1) for t in (x, g))  # [B]
+    ratio = torch.where(of_x == 0, 0.0, of_g / torch.where(of_x == 0, 1.0, of_x)).sqrt()
+    return affine_step([x], [ratio if batch_dims else ratio[0]], batch_dims=batch_dims)
 
 
 def lowrank_inv_sqrt(
