@@ -13,7 +13,10 @@ TRITON_SPEC ?= $(if $(filter x86_64,$(shell uname -m)),$(if $(filter $(TORCH_PIN
 
 RUN := $(VENV)/bin/python
 EVERYTHING := $(filter-out 0,$(FULL))
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1))")
 PYTEST := $(RUN) -m pytest $(if $(EVERYTHING),--full) $(PYTEST_ARGS)
+# Several processes at a time: most tests keep one core busy. Threads that wait do not spin, or they would take the other's.
+PARALLEL := OMP_WAIT_POLICY=PASSIVE $(PYTEST) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 AND_QUICK := $(if $(EVERYTHING),, and not full)
 ALL := $(if $(EVERYTHING),,not full)
 # The cases of the CPU kernels, given to the GPU kernels as they run on the CPU: a part of them, because that is slow.
@@ -33,11 +36,12 @@ export MARQUARDT_WERROR ?= 1
 help: ## this list
 	@sed -n 's/^\([a-z]*\): .*## /    make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
-	@echo "    FULL=1            test: everything (about an hour); bench: all shapes"
+	@echo "    FULL=1            test: everything (about 45 minutes on two cores); bench: all shapes"
 	@echo "    TORCH_SPEC=...    the torch to install (default $(TORCH_PINNED))"
 	@echo "    PIP_ARGS=...      for pip, e.g. --extra-index-url with the index of PyTorch's CPU wheels"
 	@echo "    VENV_ARGS=...     for venv; --system-site-packages takes the torch that is installed"
 	@echo "    PYTHON=...        the interpreter (default python3), CXX=... the compiler, MAX_JOBS=..."
+	@echo "    WORKERS=...       test processes side by side (default: one a core, at most 4)"
 	@echo "    OPS=, DTYPE=, DEVICE=   which rows make bench measures;   PYTEST_ARGS= more for pytest"
 
 build: ## virtual environment, requirements, native library
@@ -50,15 +54,16 @@ test: ## lint and tests (FULL=1: all of them)
 	@failed=0; \
 	echo "[5/8] Triton kernels through the interpreter"; \
 	if $(RUN) -c "import triton" 2>/dev/null; \
-	then TRITON_INTERPRET=1 $(PYTEST) -m "$(ALL)" tests/triton || failed=1; \
-	TRITON_INTERPRET=1 $(PYTEST) -m "$(SHARED_CASES)" $(SHARED_FILES) || failed=1; \
+	then TRITON_INTERPRET=1 $(PARALLEL) -m "$(ALL)" tests/triton || failed=1; \
+	TRITON_INTERPRET=1 $(PARALLEL) -m "$(SHARED_CASES)" $(SHARED_FILES) || failed=1; \
 	else echo "    skipped: triton is not installed"; fi; \
 	echo "[6/8] CUDA kernels on the CPU"; \
-	$(PYTEST) -m "emulation$(AND_QUICK)" tests || failed=1; \
+	$(PARALLEL) -m "emulation$(AND_QUICK)" tests || failed=1; \
 	echo "[7/8] what the compilers made of the GPU kernels"; \
 	$(PYTEST) -m "static$(AND_QUICK)" tests || failed=1; \
 	echo "[8/8] tests"; \
-	$(PYTEST) -m "not emulation and not static$(AND_QUICK)" tests --ignore=tests/triton || failed=1; \
+	$(PARALLEL) -m "not emulation and not static and not alone$(AND_QUICK)" tests --ignore=tests/triton || failed=1; \
+	$(PYTEST) -m "alone$(AND_QUICK)" tests --ignore=tests/triton || failed=1; \
 	exit $$failed
 
 lint: ## ruff, clang-format, mypy

@@ -14,6 +14,8 @@ import harness
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A process that a test starts is no worker of pytest-xdist: pytest-benchmark would measure nothing in it.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     for name in harness.KINDS:
         config.addinivalue_line("markers", f"{name}: one kind of test of the harness")
     config.addinivalue_line("markers", "full: slow; runs only with --full, or FULL=1 in the environment")
@@ -45,6 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.interpreter)
         if item.get_closest_marker("full") and not (full or asked):
             item.add_marker(pytest.mark.skip(reason="slow: run with --full"))
+    # The longest first, so that the others run beside it.
+    items.sort(key=lambda item: item.get_closest_marker("packaging") is None)
 
 
 @pytest.fixture(autouse=True)

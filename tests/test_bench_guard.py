@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # where th
 from bench import bench_frame, peers, protocol
 from bench.row import Contest, Goal, Peer, Row
 
+pytestmark = pytest.mark.alone
 GUARD = protocol.Settings(min_rounds=15, max_rounds=31, row_time=0.3, min_time=5e-4, warm_up=0.02)
 
 

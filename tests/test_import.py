@@ -69,6 +69,7 @@ def run(program: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.alone
 def test_import_takes_little_beyond_torch(tmp_path):
     # With bytecode kept, as an installed package has it, whatever this process was told about writing it.
     kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}

@@ -8,6 +8,8 @@
 #include <limits>
 #include <numeric>
 
+#include "core/pages.h"
+
 namespace marquardt {
 namespace {
 
@@ -56,6 +58,16 @@ void fill_nan(const Tensor& t, const View& like, DType dtype) {
     case DType::f64: std::fill_n(static_cast<double*>(data), n, std::numeric_limits<double>::quiet_NaN()); return;
     default: std::fill_n(static_cast<uint16_t*>(data), n, static_cast<uint16_t>(0x7fff)); return;  // NaN in both
   }
+}
+
+// From the first byte to the last.
+int64_t bytes_of(const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < dims; ++d) {
+    if (sizes[d] == 0) return 0;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  return (last + 1) * size_of(dtype);
 }
 
 void row_major_strides(const View& view, int64_t* strides) {
@@ -220,13 +232,12 @@ Tensor empty_strided(const View& like, const int64_t* sizes, const int64_t* stri
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(dims, sizes, strides, shim_dtype(dtype), like.device_type, like.device_index, &handle) !=
       AOTI_TORCH_SUCCESS) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < dims; ++d) last += (sizes[d] - 1) * strides[d];
-    const int64_t mib = ((last + 1) * size_of(dtype) + (1 << 20) - 1) >> 20;
+    const int64_t mib = (bytes_of(sizes, strides, dims, dtype) + (1 << 20) - 1) >> 20;
     throw std::runtime_error(
         join("OutOfMemoryError: marquardt: ", mib, " MiB could not be allocated on ", like.device()));
   }
   Tensor t(handle);
+  if (like.on_cpu()) advise_huge_pages(t.data(), bytes_of(sizes, strides, dims, dtype));
   if (poison) fill_nan(t, like, dtype);
   return t;
 }

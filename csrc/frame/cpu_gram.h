@@ -6,6 +6,8 @@
 
 namespace marquardt::MQ_ISA {
 
+constexpr int kLineBytes = 64;
+
 // kWidth<A> elements of a row as A.
 template <class A, class T>
 MQ_INLINE Vec<A> load_row(const T* from) {
@@ -46,22 +48,40 @@ struct Tail {
   }
 };
 
+// How far ahead of a sweep rows are asked for: the processor's own prefetching stops at every page, and rows have many.
+constexpr int64_t kAheadBytes = 1024;
+
+// Asks for what `Bytes` (whole cache lines) at `at` of each row will be followed by.
+template <int N, int Bytes, class T>
+MQ_INLINE void prefetch_rows(const T* const* rows, int64_t at) {
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+    for (int64_t b = 0; b < Bytes; b += kLineBytes)
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[j] + at) + kAheadBytes + b);
+}
+
 // All N(N+1)/2 entries of up to six rows in one sweep, with enough independent sums to hide the latency of fma.
 template <class T, class A, int N, int Pairs>
 void gram_small(const T* const* rows, int64_t n, double (*acc)[kLanes]) {
   constexpr int kEntries = N * (N + 1) / 2, kUnroll = kEntries == 1 ? 8 : kEntries <= 3 ? 4 : kEntries <= 6 ? 2 : 1;
-  constexpr int kStep = kWidth<A>;
+  constexpr int kStep = kWidth<A>, kLine = kLineBytes / (kStep * static_cast<int>(sizeof(T)));
+  constexpr int kSteps = kUnroll > kLine ? kUnroll : kLine;  // whole cache lines
   Vec<A> sum[kUnroll][kEntries] = {};
   Vec<A> frame[N];
   int64_t i = 0;
-  for (; i + kUnroll * kStep <= n; i += kUnroll * kStep) {
+  for (; i + kSteps * kStep <= n; i += kSteps * kStep) {
+    prefetch_rows<N, kSteps * kStep* static_cast<int>(sizeof(T))>(rows, i);
 #pragma GCC unroll 8
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kSteps; ++u) {
       load_frame<N, Pairs, A>(rows, i + u * kStep, frame);
 #pragma GCC unroll 8
       for (int a = 0; a < N; ++a)
 #pragma GCC unroll 8
-        for (int b = 0; b <= a; ++b) sum[u][a * (a + 1) / 2 + b] = fma(frame[a], frame[b], sum[u][a * (a + 1) / 2 + b]);
+        for (int b = 0; b <= a; ++b) {
+          Vec<A>& entry = sum[u % kUnroll][a * (a + 1) / 2 + b];
+          entry = fma(frame[a], frame[b], entry);
+        }
     }
   }
   const auto add = [&](const T* const* from, int64_t at) {
@@ -158,15 +178,13 @@ void gram_lone(const A* const* rows, int last, int64_t n, double (*acc)[kLanes])
 }
 
 // All entries of a larger Gram, 4 × 4 at a time, group of rows by group: `first(a, na)` makes rows a … a + na − 1 ready and
-// takes their products with each other; `between()` is called after every tile.
-template <class A, class First, class Between>
-void gram_tiles(const A* const* rows, int count, int64_t n, double (*acc)[kLanes], const First& first,
-                const Between& between) {
+// takes their products with each other.
+template <class A, class First>
+void gram_tiles(const A* const* rows, int count, int64_t n, double (*acc)[kLanes], const First& first) {
   constexpr GramKind kFull = GramKind::full;
   for (int a = 0; a < count; a += 4) {
     const int na = count - a < 4 ? count - a : 4;
     first(a, na);
-    between();
     if (na == 1) return gram_lone<A>(rows, a, n, acc);
     for (int b = 0; b < a; b += 4) {
       switch (na) {
@@ -174,7 +192,6 @@ void gram_tiles(const A* const* rows, int count, int64_t n, double (*acc)[kLanes
         case 3: gram_columns<A, 3>(rows, count, kFull, a, b, 4, n, acc); break;
         default: gram_columns<A, 4>(rows, count, kFull, a, b, 4, n, acc);
       }
-      between();
     }
   }
 }
@@ -225,8 +242,7 @@ template <class T>
 void gram_in_place(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
   const auto all = [&](const T* const* from, int64_t length) {
     if (kind != GramKind::full) return gram_heads<T>(from, count, kind, length, acc);
-    gram_tiles<T>(
-        from, count, length, acc, [&](int a, int na) { gram_diagonal<T>(from, count, a, na, length, acc); }, [] {});
+    gram_tiles<T>(from, count, length, acc, [&](int a, int na) { gram_diagonal<T>(from, count, a, na, length, acc); });
   };
   const int64_t whole = n / kWidth<T> * kWidth<T>;
   all(rows, whole);
@@ -236,10 +252,10 @@ void gram_in_place(const T* const* rows, int count, GramKind kind, int64_t n, do
 }
 
 // The same in a wider type: rows are converted once, block by block in the first cache, because every row meets every other.
+// A longer block has fewer sums to put away; one this long leaves a third of the cache to what streams through it.
 template <class T, class A>
 void gram_converted(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
-  constexpr int kBlock = 128;
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr int kBlock = kBytes == 64 ? 192 : 128;
   alignas(64) A block[kMaxVectors][kBlock];
   A* at[kMaxVectors];
   for (int j = 0; j < count; ++j) at[j] = block[j];
@@ -253,27 +269,18 @@ void gram_converted(const T* const* rows, int count, GramKind kind, int64_t n, d
       gram_heads<A>(at, count, kind, padded, acc);
       continue;
     }
-    int next = 0;  // the next block travels, a row or two after each tile
-    const auto prefetch = [&] {
-      for (int row = next; row < next + 2 && row < count; ++row)
-        for (int64_t i = kBlock; i < 2 * kBlock; i += kLine) __builtin_prefetch(rows[row] + begin + i);
-      next += 2;
-    };
-    gram_tiles<A>(
-        at, count, padded, acc,
-        [&](int a, int na) {
-          if (na == 4 && m == kBlock) return gram_diagonal_converted<T, A>(rows, begin, at, a, m, acc);
-          convert(a, na);
-          gram_diagonal<A>(at, count, a, na, padded, acc);
-        },
-        prefetch);
+    gram_tiles<A>(at, count, padded, acc, [&](int a, int na) {
+      if (na == 4 && m == padded) return gram_diagonal_converted<T, A>(rows, begin, at, a, m, acc);
+      convert(a, na);
+      gram_diagonal<A>(at, count, a, na, padded, acc);
+    });
   }
 }
 
 // The sums of a chunk are its own until it is done: they do not depend on what came before it.
 template <class T, class A>
 void gram_many(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
-  double own[kMaxGram][kLanes];
+  alignas(64) double own[kMaxGram][kLanes];
   const int entries = entries_of(kind, count);
   __builtin_memset(own, 0, sizeof(own[0]) * static_cast<uint64_t>(entries));
   if constexpr (sizeof(A) == sizeof(T)) {

@@ -118,6 +118,14 @@ def with_weights(
     batch, _ = batch_and_size(like, batch_dims)
     if s is not None:
         _check_weights(op, s, k, like, batch, batch_dims)
+    if (
+        s is not None
+        and s.dim() == 2
+        and like.device.type == "cpu"
+        and all(type(n) is float for n in numbers)
+    ):
+        head = of_floats(tuple(numbers))  # type: ignore[arg-type]
+        return torch.cat([head.expand(batch, -1), s.to(torch.float64)], dim=1)
     on_host = s is None or (s.dim() == 1 and s.device.type == "cpu")
     head = pack(op, names, numbers, like, batch_dims, beside=not on_host)
     weights = torch.ones(k, dtype=torch.float64, device=head.device) if s is None else s.to(torch.float64)

@@ -187,7 +187,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="colour"):
             emulation.run_frame({**numbers, "colour": 1}, {})
         with pytest.raises(ValueError, match="op"):
-            emulation.run_frame({**numbers, "op": 6}, {})
+            emulation.run_frame({**numbers, "op": 99}, {})
         arrays = arrays_of(dataclasses.replace(frame))
         arrays["stream1"] = arrays["stream1"][:-1]
         with pytest.raises(ValueError, match="stream1"):
