@@ -169,4 +169,22 @@ MQ_INLINE Vec<double> fold_to_double(Vec<float> v) {
 #endif
 }
 
+// The sum of all lanes.
+MQ_INLINE double sum_of(Vec<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#elif defined(__AVX2__)
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+#else
+  double sum = 0.0;
+  for (int i = 0; i < kWidth<double>; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+MQ_INLINE double sum_of(Vec<float> v) {
+  return sum_of(fold_to_double(v));
+}
+
 }  // namespace marquardt::MQ_ISA

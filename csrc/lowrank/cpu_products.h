@@ -13,6 +13,9 @@ namespace marquardt::MQ_ISA {
 constexpr int kTileHeight = kBytes == 64 ? 8 : 4;
 constexpr int kTileVectors = kBytes == 16 ? 2 : 3;
 
+// Packed rows come from the second cache, a stride apart; in so many rows' time they have come.
+constexpr int64_t kRowsAhead = 4;
+
 MQ_INLINE void add_as_double(Vec<double> v, double* to) {
   store(to, load(to) + v);
 }
@@ -27,8 +30,12 @@ MQ_INLINE void add_as_double(Vec<float> v, double* to) {
 // One tile over all rows: Height broadcasts and Vectors loads a row for Height · Vectors fused multiply-adds.
 template <class T, int Height, int Vectors>
 void product_tile(const T* left, const T* right, int64_t stride, int64_t rows, double* sums) {
+  const int64_t later = kRowsAhead * stride;
   Vec<T> sum[Height][Vectors] = {};
   for (int64_t r = 0; r < rows; ++r, left += stride, right += stride) {
+    __builtin_prefetch(left + later);
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) __builtin_prefetch(right + later + v * kWidth<T>);
     Vec<T> b[Vectors];
 #pragma GCC unroll 3
     for (int v = 0; v < Vectors; ++v) b[v] = load(right + v * kWidth<T>);
@@ -70,10 +77,20 @@ MQ_INLINE TileFunction<T> tile_function(int height, int vectors) {
   return vectors == 2 ? tile_of_height<T, 2>(height) : tile_of_height<T, 1>(height);
 }
 
+// The share of tile k of what lies ahead, into the second cache.
+MQ_INLINE void prefetch_share(const Ahead& ahead, int64_t k, int64_t count) {
+  for (int i = 0; i < 2; ++i) {
+    const int64_t begin = ahead.bytes[i] * k / count, end = ahead.bytes[i] * (k + 1) / count;
+    for (int64_t b = begin; b < end; b += 64) __builtin_prefetch(ahead.from[i] + b, 0, 2);
+  }
+}
+
 template <class T>
-void products(const ProductTile* tiles, int64_t count, const T* y, int64_t stride, int64_t rows, double* sums) {
+void products(const ProductTile* tiles, int64_t count, const T* y, int64_t stride, int64_t rows, double* sums,
+              const Ahead& ahead) {
   for (int64_t k = 0; k < count; ++k) {
     const ProductTile& t = tiles[k];
+    prefetch_share(ahead, k, count);
     tile_function<T>(t.height, t.vectors)(y + t.left, y + t.right, stride, rows, sums + t.sums);
   }
 }

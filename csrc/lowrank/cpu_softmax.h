@@ -6,16 +6,6 @@
 
 namespace marquardt::MQ_ISA {
 
-MQ_INLINE double sum_of(Vec<double> v) {
-  double sum = 0.0;
-  for (int i = 0; i < kWidth<double>; ++i) sum += v[i];
-  return sum;
-}
-
-MQ_INLINE double sum_of(Vec<float> v) {
-  return sum_of(fold_to_double(v));
-}
-
 // Σ p·z over one row: four sums of the compute type, in double after every 1024 numbers.
 template <class T>
 MQ_INLINE double weighted_sum(const T* p, const T* z, int64_t columns) {

@@ -105,8 +105,18 @@ struct GramPair::Plan {
       const int64_t n = std::min(kProductRows, end - r);
       pack(kernels, x, r, n, x_padded, packed);
       pack(kernels, g, r, n, g_padded, packed + x_padded);
-      kernels.products(tiles.data() + first, static_cast<int64_t>(last - first), packed, stride, n, to);
+      Ahead ahead;
+      add_ahead(x, r + n, std::min(kProductRows, end - r - n), 0, ahead);
+      add_ahead(g, r + n, std::min(kProductRows, end - r - n), 1, ahead);
+      kernels.products(tiles.data() + first, static_cast<int64_t>(last - first), packed, stride, n, to, ahead);
     }
+  }
+
+  // Rows that lie behind one another; others are fetched when they are needed.
+  static void add_ahead(const Rows& from, int64_t r, int64_t n, int i, Ahead& ahead) {
+    if (n <= 0 || from.stride != from.columns) return;
+    ahead.from[i] = static_cast<const char*>(from.data) + r * from.stride * size_of(from.dtype);
+    ahead.bytes[i] = n * from.stride * size_of(from.dtype);
   }
 
   template <class T>

@@ -19,7 +19,9 @@ namespace {
 
 // All depend on shapes alone, so that what is summed where does not depend on the number of threads; torch's products
 // give their own order to their sums.
-constexpr int64_t kChunkElements = 1 << 18;  // of z: one megabyte in float32
+// A chunk's products must outweigh what torch does anew for each of them with G, so chunks are not small.
+constexpr int64_t kChunkElements = 1 << 21;  // of z: eight megabytes in float32
+constexpr int64_t kFewClasses = 16;          // up to so many both products are our own
 constexpr int64_t kRangeElements = 1 << 24;  // of the partial results of all ranges, beyond the first two
 constexpr int64_t kMostRanges = 16;
 
@@ -46,12 +48,13 @@ class Runner {
         n_(call.x.sizes[0]),
         d_(call.x.sizes[1]),
         c_(call.p.sizes[1]),
-        chunk_(std::clamp(kChunkElements / std::max<int64_t>(c_, 1), int64_t{64}, int64_t{1024})),
+        chunk_(std::clamp(kChunkElements / std::max<int64_t>(c_, 1), int64_t{64}, int64_t{2048})),
         ranges_(std::clamp(kRangeElements / std::max<int64_t>(c_ * d_, 1), int64_t{2}, kMostRanges)) {
     ranges_ = std::clamp((n_ + chunk_ / 2 - 1) / (chunk_ / 2), int64_t{1}, ranges_);
   }
 
   void run() {
+    if (c_ <= kFewClasses) return run_few();
     if (call_.g.dtype != kType) g_buffer_ = allocate<T>(c_ * d_);
     g_ = rows(call_.g, 0, c_, g_buffer_.get(), g_stride_);
     const bool direct = ranges_ == 1 && call_.out.dtype == kType;
@@ -60,7 +63,7 @@ class Runner {
     parallel_for(ranges_, true, [this, to](int64_t begin, int64_t end) {
       for (int64_t range = begin; range < end; ++range) run_range(range, to + range * c_ * d_);
     });
-    if (!direct) merge();
+    if (!direct) merge(partial_.get(), d_, 1.0);
   }
 
  private:
@@ -70,12 +73,47 @@ class Runner {
 
   // Rows [begin, begin + count) in the compute type: in place, or converted into `buffer`. The stride is `stride`.
   T* rows(const View& view, int64_t begin, int64_t count, T* buffer, int64_t& stride) const {
+    return padded_rows(view, begin, count, view.sizes[1], buffer, stride);
+  }
+
+  // The same with zeros behind each row, up to `padded` numbers.
+  T* padded_rows(const View& view, int64_t begin, int64_t count, int64_t padded, T* buffer, int64_t& stride) const {
     char* data = static_cast<char*>(view.data) + begin * row_stride(view) * size_of(view.dtype);
     stride = row_stride(view);
-    if (view.dtype == kType) return reinterpret_cast<T*>(data);
-    kernels_.pack(view.dtype, data, stride, count, view.sizes[1], view.sizes[1], buffer, view.sizes[1]);
-    stride = view.sizes[1];
+    if (view.dtype == kType && padded == view.sizes[1]) return reinterpret_cast<T*>(data);
+    kernels_.pack(view.dtype, data, stride, count, view.sizes[1], padded, buffer, padded);
+    stride = padded;
     return buffer;
+  }
+
+  // A handful of classes: blocks of rows, each read once, summed in double.
+  void run_few() {
+    constexpr int64_t kPad = kPadBytes / static_cast<int64_t>(sizeof(T));
+    const int64_t features = (d_ + kPad - 1) / kPad * kPad, size = c_ * features;
+    g_buffer_ = allocate<T>(size);
+    g_ = padded_rows(call_.g, 0, c_, features, g_buffer_.get(), g_stride_);
+    if (g_stride_ != features) {
+      kernels_.pack(kType, g_, g_stride_, c_, d_, features, g_buffer_.get(), features);
+      g_ = g_buffer_.get();
+    }
+    const Buffer<double> sums = allocate<double>(ranges_ * size);
+    std::fill_n(sums.get(), ranges_ * size, 0.0);
+    parallel_for(ranges_, true, [&](int64_t begin, int64_t end) {
+      const Buffer<T> x_buffer = allocate<T>(kHeadRows * features), p_buffer = allocate<T>(kHeadRows * c_),
+                      z = allocate<T>(kHeadGroup * c_), block = allocate<T>(size);
+      for (int64_t range = begin; range < end; ++range) {
+        const int64_t last = n_ * (range + 1) / ranges_;
+        for (int64_t r = n_ * range / ranges_; r < last; r += kHeadRows) {
+          const int64_t count = std::min(kHeadRows, last - r);
+          int64_t x_stride = 0, p_stride = 0;
+          const T* x = padded_rows(call_.x, r, count, features, x_buffer.get(), x_stride);
+          const T* p = rows(call_.p, r, count, p_buffer.get(), p_stride);
+          kernels_.few_classes(x, x_stride, p, p_stride, g_, count, c_, features, z.get(), block.get(),
+                               sums.get() + range * size);
+        }
+      }
+    });
+    merge(sums.get(), features, 1.0 / static_cast<double>(n_));
   }
 
   void run_range(int64_t range, T* to) const {
@@ -100,15 +138,17 @@ class Runner {
     }
   }
 
-  // The sum of the ranges in their order, into the dtype of the result.
-  void merge() const {
+  // The sum of the ranges [ranges, C, stride] in their order, into the dtype of the result.
+  template <class S>
+  void merge(const S* sums, int64_t stride, double factor) const {
     const int64_t size = c_ * d_;
     constexpr int64_t kPiece = 1 << 14;
     parallel_for((size + kPiece - 1) / kPiece, true, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin * kPiece; at < std::min(end * kPiece, size); ++at) {
         double sum = 0.0;
-        for (int64_t range = 0; range < ranges_; ++range) sum += static_cast<double>(partial_[range * size + at]);
-        write(at, sum);
+        for (int64_t range = 0; range < ranges_; ++range)
+          sum += static_cast<double>(sums[(range * c_ + at / d_) * stride + at % d_]);
+        write(at, sum * factor);
       }
     });
   }
