@@ -21,7 +21,17 @@ GRAM_SHAPES = [
     (1300, 48, 35),
     (700, 96, 1),
 ]
-HEAD_SHAPES = [(1, 2, 1), (7, 5, 3), (300, 130, 33), (2500, 10, 70), (65, 1500, 9)]
+FEW_CLASSES = 16  # up to so many, both products of softmax_head_hvp are the library's own on the CPU
+# (rows, classes, features): few and many classes, ragged vectors and rows
+HEAD_SHAPES = [
+    (1, 2, 1),
+    (7, 5, 3),
+    (300, 130, 33),
+    (2500, 10, 70),
+    (65, 1500, 9),
+    (523, 16, 64),
+    (300, 17, 32),
+]
 
 
 def name(value) -> str:

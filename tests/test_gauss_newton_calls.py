@@ -14,6 +14,7 @@ import torch
 import marquardt as mq
 from gauss_newton_data import (
     DTYPES,
+    FEW_CLASSES,
     compute,
     error,
     f32,
@@ -128,15 +129,17 @@ class TestLayouts:
         copied = damped_gram_solve(g, one.contiguous(), damping=0.1)
         assert same_bits(damped_gram_solve(g, one, damping=0.1), copied)
 
-    def test_head(self, dtype):
-        """Values agree; torch's products may take another way through another layout."""
-        arguments = head(300, 21, 6, dtype)
+    @pytest.mark.parametrize("shape", [(300, 21, 6), (300, 5, 6), (300, 16, 32)], ids=name)
+    def test_head(self, shape, dtype):
+        """Values agree; torch's products may take another way through another layout, those of few classes may not."""
+        arguments = head(*shape, dtype)
         want = softmax_head_hvp(*arguments)
         for j in range(3):
             for kind, t in layouts(arguments[j]).items():
                 given = [*arguments[:j], t, *arguments[j + 1 :]]
                 found = softmax_head_hvp(*given)
                 assert error(found, wide(want)) <= 4 * compute(dtype) + 2 * rounding(dtype), (j, kind)
+                assert shape[1] > FEW_CLASSES or same_bits(found, want), (j, kind)
 
 
 @pytest.mark.determinism
@@ -181,6 +184,14 @@ class TestBits:
         first, *others = self.runs(lambda: softmax_head_hvp(*arguments))
         for other in others:
             assert np.all(np.abs(wide(first) - wide(other)) <= 8 * ulp(np.abs(wide(first)).max(), f32))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=name)
+    @pytest.mark.parametrize("shape", [(3001, 10, 70), (5000, FEW_CLASSES, 16), (40, 3, 5)], ids=name)
+    def test_head_of_few_classes_over_threads(self, shape, dtype):
+        """Bits: both products are our own."""
+        arguments = head(*shape, dtype)
+        first, *others = self.runs(lambda: softmax_head_hvp(*arguments))
+        assert all(same_bits(first, other) for other in others)
 
 
 MEMORY = """

@@ -1,6 +1,6 @@
 // softmax_head_hvp on the CPU. Rows are cut into ranges, one a thread at a time, and a range into chunks, so that the
-// logits z = x Gᵀ of a chunk never leave the caches. The products are torch's, on one thread each inside the loop: one
-// barrier for the whole call, where products of many threads would have two a chunk.
+// logits z = x Gᵀ of all rows never exist. The products are torch's, on one thread each inside the loop: one barrier for
+// the whole call, where products of many threads would have two a chunk. A handful of classes has a way of its own.
 #include "lowrank/softmax_head.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,8 +18,7 @@ namespace marquardt {
 namespace {
 
 // All depend on shapes alone, so that what is summed where does not depend on the number of threads; torch's products
-// give their own order to their sums.
-// A chunk's products must outweigh what torch does anew for each of them with G, so chunks are not small.
+// give their own order to their sums. Chunks are not small: with each of them torch packs G anew.
 constexpr int64_t kChunkElements = 1 << 21;  // of z: eight megabytes in float32
 constexpr int64_t kFewClasses = 16;          // up to so many both products are our own
 constexpr int64_t kRangeElements = 1 << 24;  // of the partial results of all ranges, beyond the first two
