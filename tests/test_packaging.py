@@ -304,7 +304,8 @@ def test_wheel_passes_the_tests_under_torch_2_11(wheel, old_torch_python, tmp_pa
             )
         elif (ROOT / name).is_file():
             shutil.copy(ROOT / name, tmp_path / name)
-    kinds = "not full and not packaging and not alone"
+    # Layouts and equal bits are the library's own doing, whatever torch it meets.
+    kinds = "not full and not packaging and not alone and not strides and not determinism"
     result = run(
         *(
             old_torch_python,
