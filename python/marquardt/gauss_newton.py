@@ -24,9 +24,9 @@ def softmax_head_hvp(x: Tensor, p: Tensor, G: Tensor) -> Tensor:
         z = x Gᵀ,   r = p ⊙ z − p · Σ_c (p ⊙ z),   out = rᵀ x / n
 
     which is the product of ∂²/∂W² of the mean loss with G, and the Gauss–Newton product of the head. On the CPU the
-    logits are made a chunk of rows at a time, 8 MB a thread at most, and up to 16 classes x is read once; on a GPU it is
-    two of the vendor's matrix products and the backward of a softmax between them. Sums run in an order that may depend
-    on the number of threads, as those of `torch.mm` do (not up to 16 classes on the CPU).
+    logits are made a chunk of rows at a time, 8 MB a thread at most, and up to 16 classes x is read once; on a GPU it
+    is two of the vendor's matrix products and the backward of a softmax between them. Sums run in an order that may
+    depend on the number of threads, as those of `torch.mm` do (not up to 16 classes on the CPU).
 
     Args:
         x: [n, d], the features.
