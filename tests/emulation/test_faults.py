@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.emulation
+pytestmark = [pytest.mark.emulation, pytest.mark.full]
 
 SOURCE = Path(__file__).resolve().parent.parent.parent / "csrc" / "emulation" / "faults.cu"
 SILENT, WRONG, REFUSED, REPORTED = (

@@ -15,7 +15,7 @@ from frame_small import write_small_cases
 
 import emulation as emulated  # build_tools/emulation.py
 
-pytestmark = pytest.mark.emulation
+pytestmark = [pytest.mark.emulation, pytest.mark.full]
 
 SOURCES = emulated.ROOT / "csrc" / "frame"
 SITE = re.compile(

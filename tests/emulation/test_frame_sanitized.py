@@ -12,7 +12,7 @@ from frame_small import small_cases, write_small_cases
 
 from harness import same_bits
 
-pytestmark = pytest.mark.emulation
+pytestmark = [pytest.mark.emulation, pytest.mark.full]
 
 FOUND = 66  # the exit status when a sanitizer has something to say
 

@@ -8,6 +8,8 @@ import cuda_static
 import promises
 import static_checks
 
+pytestmark = pytest.mark.full  # every kernel for every target: minutes of nvcc
+
 
 @pytest.fixture(scope="module")
 def lines() -> list[promises.Line]:
