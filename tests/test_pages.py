@@ -43,14 +43,9 @@ def test_large_outputs_ask():
     assert "hg" in flags_of_output(LARGE)
 
 
-def test_values_do_not_care():
-    """Every page of a large output is written: the advice touches what lies inside it alone."""
-    x = torch.arange(LARGE, dtype=torch.float32)[None]
-    assert torch.equal(mq.affine_step([x], [2.0]), 2 * x)
-
-
 def test_the_switch():
-    """MARQUARDT_HUGE_PAGES=0 turns it off, and is read once."""
+    """MARQUARDT_HUGE_PAGES=0 turns it off."""
+    flags_at(torch.zeros(1).data_ptr())  # skips where there is nothing to see
     here = pathlib.Path(__file__).parent
     code = "import test_pages as t; print('hg' in t.flags_of_output(t.LARGE))"
     for setting, expected in (("0", "False"), ("1", "True")):
@@ -58,6 +53,4 @@ def test_the_switch():
         run = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True
         )
-        assert run.returncode == 0 or "skip" in run.stderr.lower(), run.stderr
-        if run.returncode == 0:
-            assert run.stdout.split() == [expected]
+        assert run.stdout.split() == [expected], run.stderr

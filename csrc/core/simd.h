@@ -26,6 +26,8 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 
+constexpr int kLineBytes = 64;  // of the caches
+
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kBytes)));

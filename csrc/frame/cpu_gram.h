@@ -6,8 +6,6 @@
 
 namespace marquardt::MQ_ISA {
 
-constexpr int kLineBytes = 64;
-
 // kWidth<A> elements of a row as A.
 template <class A, class T>
 MQ_INLINE Vec<A> load_row(const T* from) {
@@ -66,12 +64,12 @@ template <class T, class A, int N, int Pairs>
 void gram_small(const T* const* rows, int64_t n, double (*acc)[kLanes]) {
   constexpr int kEntries = N * (N + 1) / 2, kUnroll = kEntries == 1 ? 8 : kEntries <= 3 ? 4 : kEntries <= 6 ? 2 : 1;
   constexpr int kStep = kWidth<A>, kLine = kLineBytes / (kStep * static_cast<int>(sizeof(T)));
-  constexpr int kSteps = kUnroll > kLine ? kUnroll : kLine;  // whole cache lines
+  constexpr int kSteps = kUnroll > kLine ? kUnroll : kLine, kBytesRead = kSteps * kStep * static_cast<int>(sizeof(T));
   Vec<A> sum[kUnroll][kEntries] = {};
   Vec<A> frame[N];
   int64_t i = 0;
   for (; i + kSteps * kStep <= n; i += kSteps * kStep) {
-    prefetch_rows<N, kSteps * kStep* static_cast<int>(sizeof(T))>(rows, i);
+    prefetch_rows<N, kBytesRead>(rows, i);
 #pragma GCC unroll 8
     for (int u = 0; u < kSteps; ++u) {
       load_frame<N, Pairs, A>(rows, i + u * kStep, frame);
@@ -252,7 +250,7 @@ void gram_in_place(const T* const* rows, int count, GramKind kind, int64_t n, do
 }
 
 // The same in a wider type: rows are converted once, block by block in the first cache, because every row meets every other.
-// A longer block has fewer sums to put away; one this long leaves a third of the cache to what streams through it.
+// A longer block has fewer sums to put away; one this long leaves half of a cache of 48 kB to what streams through it.
 template <class T, class A>
 void gram_converted(const T* const* rows, int count, GramKind kind, int64_t n, double (*acc)[kLanes]) {
   constexpr int kBlock = kBytes == 64 ? 192 : 128;

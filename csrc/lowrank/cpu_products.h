@@ -81,7 +81,7 @@ MQ_INLINE TileFunction<T> tile_function(int height, int vectors) {
 MQ_INLINE void prefetch_share(const Ahead& ahead, int64_t k, int64_t count) {
   for (int i = 0; i < 2; ++i) {
     const int64_t begin = ahead.bytes[i] * k / count, end = ahead.bytes[i] * (k + 1) / count;
-    for (int64_t b = begin; b < end; b += 64) __builtin_prefetch(ahead.from[i] + b, 0, 2);
+    for (int64_t b = begin; b < end; b += kLineBytes) __builtin_prefetch(ahead.from[i] + b, 0, 2);
   }
 }
 

@@ -90,11 +90,7 @@ class Runner {
     constexpr int64_t kPad = kPadBytes / static_cast<int64_t>(sizeof(T));
     const int64_t features = (d_ + kPad - 1) / kPad * kPad, size = c_ * features;
     g_buffer_ = allocate<T>(size);
-    g_ = padded_rows(call_.g, 0, c_, features, g_buffer_.get(), g_stride_);
-    if (g_stride_ != features) {
-      kernels_.pack(kType, g_, g_stride_, c_, d_, features, g_buffer_.get(), features);
-      g_ = g_buffer_.get();
-    }
+    kernels_.pack(call_.g.dtype, call_.g.data, row_stride(call_.g), c_, d_, features, g_buffer_.get(), features);
     const Buffer<double> sums = allocate<double>(ranges_ * size);
     std::fill_n(sums.get(), ranges_ * size, 0.0);
     parallel_for(ranges_, true, [&](int64_t begin, int64_t end) {
@@ -107,7 +103,7 @@ class Runner {
           int64_t x_stride = 0, p_stride = 0;
           const T* x = padded_rows(call_.x, r, count, features, x_buffer.get(), x_stride);
           const T* p = rows(call_.p, r, count, p_buffer.get(), p_stride);
-          kernels_.few_classes(x, x_stride, p, p_stride, g_, count, c_, features, z.get(), block.get(),
+          kernels_.few_classes(x, x_stride, p, p_stride, g_buffer_.get(), count, c_, features, z.get(), block.get(),
                                sums.get() + range * size);
         }
       }

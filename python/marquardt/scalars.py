@@ -57,8 +57,10 @@ def pack(
     """
     batch = batch_and_size(like, batch_dims)[0]
     columns = [_column(op, name, v, batch, batch_dims) for name, v in zip(names, values, strict=True)]
-    if not beside and not any(isinstance(c, Tensor) for c in columns):
-        return of_floats(tuple(columns))  # type: ignore[arg-type]
+    on_host = like.device.type in ("cpu", "mps")  # an MPS device has no float64
+    if (on_host or not beside) and not any(isinstance(c, Tensor) for c in columns):
+        made = of_floats(tuple(columns))  # type: ignore[arg-type]
+        return made.expand(batch, -1) if beside else made
     shared = not beside and all(
         not isinstance(c, Tensor) or (c.dim() == 0 and c.device.type == "cpu") for c in columns
     )
@@ -118,14 +120,6 @@ def with_weights(
     batch, _ = batch_and_size(like, batch_dims)
     if s is not None:
         _check_weights(op, s, k, like, batch, batch_dims)
-    if (
-        s is not None
-        and s.dim() == 2
-        and like.device.type == "cpu"
-        and all(type(n) is float for n in numbers)
-    ):
-        head = of_floats(tuple(numbers))  # type: ignore[arg-type]
-        return torch.cat([head.expand(batch, -1), s.to(torch.float64)], dim=1)
     on_host = s is None or (s.dim() == 1 and s.device.type == "cpu")
     head = pack(op, names, numbers, like, batch_dims, beside=not on_host)
     weights = torch.ones(k, dtype=torch.float64, device=head.device) if s is None else s.to(torch.float64)
