@@ -8,6 +8,8 @@
 
 #include "core/parallel.h"
 #include "frame/cpu_kernels.h"
+#include "frame/cpu_rows.h"
+#include "frame/cpu_step_walk.h"
 #include "frame/maps.h"
 
 namespace marquardt {
@@ -62,43 +64,21 @@ int gram_entries(const FrameCall& call) {
   return entries_of(call.gram, call.rows);
 }
 
-// Room for the rows of one chunk that are not read in place; one per thread and call.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int buffers) : storage_(buffers == 0 ? 0 : static_cast<size_t>(buffers) * kChunk + 64 / sizeof(T)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
-    first_ = storage_.get() + ((64 - address % 64) % 64) / sizeof(T);
-  }
-  T* buffer(int i) const { return first_ + static_cast<int64_t>(i) * kChunk; }
-
- private:
-  struct Storage {
-    explicit Storage(size_t count) : data(count == 0 ? nullptr : static_cast<T*>(std::malloc(count * sizeof(T)))) {
-      if (data == nullptr && count > 0) throw std::bad_alloc();
-    }
-    ~Storage() { std::free(data); }
-    Storage(const Storage&) = delete;
-    Storage& operator=(const Storage&) = delete;
-    T* get() const { return data; }
-    T* data;
-  };
-  Storage storage_;
-  T* first_;
-};
-
 template <class T>
 class FrameRunner {
  public:
-  explicit FrameRunner(const FrameCall& call) : call_(call), kernels_(kernels_for()) {
+  explicit FrameRunner(const FrameCall& call)
+      : call_(call), kernels_(kernels_for()), reader_{call, kernels_}, step_(call, kernels_) {
     // The kernels subtract pairs in registers, for small frames only; a larger one takes a prologue.
     if (call.pairs > 0 && (call.rows > 4 || call.outputs > 2)) {
       throw std::logic_error("frame engine: residual pairs need at most 4 rows and 2 outputs");
     }
     vectors_ = call.streams + (call.ones ? 1 : 0) + (call.seed != nullptr ? 1 : 0);
-    if (call.prologue == nullptr) {
+    if (is_step()) {
+      in_place_ = step_.in_place();
+    } else if (call.prologue == nullptr) {
       in_place_ = true;
-      for (int j = 0; j < vectors_; ++j) in_place_ = in_place_ && reads_in_place(j);
+      for (int j = 0; j < vectors_; ++j) in_place_ = in_place_ && reader_.in_place(j);
       in_place_ = in_place_ && call.clamp == nullptr;
     }
     writes_in_place_ = true;
@@ -126,7 +106,7 @@ class FrameRunner {
   }
 
  private:
-  static constexpr DType compute() { return std::is_same_v<T, double> ? DType::f64 : DType::f32; }
+  static constexpr DType compute() { return dtype_of<T>(); }
 
   static const TypedFrameKernels<T>& kernels_for() {
     if constexpr (std::is_same_v<T, double>) {
@@ -140,11 +120,13 @@ class FrameRunner {
   double* scalars(int64_t b) const {
     return call_.scalars == nullptr ? nullptr : call_.scalars + b * call_.scalar_stride;
   }
-  bool reads_in_place(int j) const { return j < call_.streams && call_.stream[j].dtype == compute(); }
-  int scratch_buffers() const {
-    return (in_place_ ? 0 : vectors_ + (call_.prologue != nullptr ? call_.rows : 0)) +
-           (writes_in_place_ ? 0 : call_.outputs);
+  bool is_step() const { return call_.op == FrameOp::lm_step; }
+  // Scratch for the rows, and behind it for outputs.
+  int row_buffers() const {
+    if (is_step()) return step_.buffers();
+    return in_place_ ? 0 : vectors_ + (call_.prologue != nullptr ? call_.rows : 0);
   }
+  int scratch_buffers() const { return row_buffers() + (writes_in_place_ ? 0 : call_.outputs); }
   void end_of_stores() const { __atomic_thread_fence(__ATOMIC_SEQ_CST); }  // streamed stores are weakly ordered
 
   int64_t sample_bytes() const {
@@ -154,7 +136,7 @@ class FrameRunner {
   }
 
   bool any_gram() const {
-    if (call_.gram != GramKind::none && call_.op != FrameOp::lm_direction) return true;
+    if (call_.gram != GramKind::none && call_.op != FrameOp::lm_direction && !is_step()) return true;
     const int64_t distinct = call_.parameter_stride == 0 ? 1 : call_.batch;
     for (int64_t b = 0; b < distinct; ++b)
       if (gram_rows(call_, parameters(b)) != 0u) return true;
@@ -168,24 +150,6 @@ class FrameRunner {
     for (int64_t b = 0; b < call_.batch; ++b) frame_map(call_, gram.data(), parameters(b), map, scalars(b));
   }
 
-  // One vector, from `begin` on for n elements: in place or converted into `buffer`.
-  const T* vector(int j, int64_t b, int64_t begin, int64_t n, T* buffer) const {
-    if (j < call_.streams) {
-      const Stream& s = call_.stream[j];
-      const auto* bytes = static_cast<const char*>(s.data) + (b * s.batch_stride + begin) * size_of(s.dtype);
-      if (s.dtype == compute()) return reinterpret_cast<const T*>(bytes);
-      kernels_.load(s.dtype, bytes, buffer, n);
-    } else if (call_.ones && j == call_.streams) {
-      for (int64_t i = 0; i < n; ++i) buffer[i] = T(1);
-    } else {
-      const int64_t* seed = call_.seed + b * call_.seed_stride;
-      const int64_t first = call_.seed_stride == 0 ? b * call_.size + begin : begin;
-      kernels_.noise(static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1]), static_cast<uint64_t>(first),
-                     buffer, n);
-    }
-    return buffer;
-  }
-
   // The rows of `wanted` (others are null) over one chunk. With pairs they are still the two streams: the kernels
   // subtract in registers.
   void rows_of(int64_t b, int64_t begin, int64_t n, uint32_t wanted, const Scratch<T>& scratch, const T** rows) const {
@@ -193,13 +157,13 @@ class FrameRunner {
       for (int j = 0; j < call_.rows; ++j) {
         const bool base = call_.pairs > 0 && j % 2 == 0 && j < 2 * call_.pairs && (wanted >> (j + 1) & 1u);
         rows[j] = nullptr;
-        if ((wanted >> j & 1u) || base) rows[j] = vector(j, b, begin, n, scratch_for(scratch, j));
+        if ((wanted >> j & 1u) || base) rows[j] = reader_.read(j, b, begin, n, scratch_for(scratch, j));
       }
       clamp_rows(n, wanted, scratch, rows);
       return;
     }
     const T* vectors[kMaxVectors];
-    for (int j = 0; j < vectors_; ++j) vectors[j] = vector(j, b, begin, n, scratch.buffer(j));
+    for (int j = 0; j < vectors_; ++j) vectors[j] = reader_.read(j, b, begin, n, scratch.buffer(j));
     const double* l = call_.prologue + b * call_.prologue_stride;
     T matrix[kMaxVectors * kMaxVectors];
     for (int i = 0; i < call_.rows * vectors_; ++i) matrix[i] = static_cast<T>(l[i]);
@@ -229,6 +193,10 @@ class FrameRunner {
     const int64_t step = in_place_ ? stop - first * kChunk : kChunk;
     for (int64_t begin = first * kChunk; begin < stop; begin += step) {
       const int64_t n = stop - begin < step ? stop - begin : step;
+      if (is_step()) {
+        step_.gram(StepPlan(call_, parameters(b)), b, begin, n, exact, parameters(b), scratch, acc);
+        continue;
+      }
       const T* rows[kMaxVectors];
       rows_of(b, begin, n, wanted, scratch, rows);
       // Subsets are prefixes: maps ask for row 0 alone or for all rows.
@@ -261,6 +229,7 @@ class FrameRunner {
   // Writes the outputs over [begin, begin + n) of a sample; any length if nothing passes through scratch.
   void apply_range(int64_t b, int64_t begin, int64_t n, const FrameMap& map, const Scratch<T>& scratch) const {
     if (call_.outputs == 0) return;
+    if (is_step()) return apply_step(b, begin, n, map, scratch);
     const T* all[kMaxVectors];
     rows_of(b, begin, n, map.used, scratch, all);
     const bool whole = map.used == (1u << call_.rows) - 1u;
@@ -301,6 +270,14 @@ class FrameRunner {
     for (int k = 0; k < m; ++k) store_output(written[k], b, begin, n, outs[k]);
   }
 
+  void apply_step(int64_t b, int64_t begin, int64_t n, const FrameMap& map, const Scratch<T>& scratch) const {
+    T* outs[kMaxOutputs];
+    for (int i = 0; i < call_.outputs; ++i) outs[i] = out_pointer(i, b, begin, scratch);
+    const StepPlan plan(call_, parameters(b));
+    step_.apply(plan, map, b, begin, n, parameters(b), scratch, outs, streaming_ && writes_in_place_);
+    for (int i = 0; i < call_.outputs; ++i) store_output(i, b, begin, n, outs[i]);
+  }
+
   char* out_bytes(int i, int64_t b, int64_t begin) const {
     const Output& o = call_.output[i];
     return static_cast<char*>(o.data) + (b * o.batch_stride + begin) * size_of(o.dtype);
@@ -308,8 +285,7 @@ class FrameRunner {
 
   T* out_pointer(int i, int64_t b, int64_t begin, const Scratch<T>& scratch) const {
     if (call_.output[i].dtype == compute()) return reinterpret_cast<T*>(out_bytes(i, b, begin));
-    const int before = in_place_ ? 0 : vectors_ + (call_.prologue != nullptr ? call_.rows : 0);
-    return scratch.buffer(before + i);
+    return scratch.buffer(row_buffers() + i);
   }
 
   void store_output(int i, int64_t b, int64_t begin, int64_t n, const T* from) const {
@@ -426,6 +402,8 @@ class FrameRunner {
 
   const FrameCall& call_;
   const TypedFrameKernels<T>& kernels_;
+  VectorReader<T> reader_;
+  StepWalk<T> step_;
   int vectors_ = 0;
   bool in_place_ = false;         // rows are read where they lie
   bool writes_in_place_ = false;  // outputs are written where they lie

@@ -11,6 +11,19 @@ namespace marquardt {
 // Gram sums are kept as this many partial sums per entry until the sample is done.
 constexpr int kLanes = 8;
 
+// Terms of a step (step.h) over a stretch of elements: e = Σ_j d_j s_j over the first `in_direction` of them (at least
+// one), a = Σ_j a_j s_j over all, r = p − e.
+template <class T>
+struct StepTerms {
+  const T* row[kMaxVectors];
+  T a[kMaxVectors], d[kMaxVectors];
+  int count, in_direction;
+  const T* prev;
+};
+
+// Terms that step_gram and step_apply take.
+constexpr int kStepTerms = 5, kDirectionTerms = 3;
+
 template <class T>
 struct TypedFrameKernels {
   // acc[e][lane] += products of the rows over n elements, for the entries of `kind`, folded after every kChunk.
@@ -22,6 +35,11 @@ struct TypedFrameKernels {
   // The same, without pairs, with sums in double.
   void (*apply_wide)(const T* const* rows, int count, const double* c, int outputs, T* const* outs, int64_t n,
                      bool streaming);
+  // acc += ⟨e,e⟩, ⟨e,r⟩, ⟨r,r⟩, folded after every kChunk, of up to kDirectionTerms terms in the direction.
+  void (*step_gram)(const StepTerms<T>& terms, int64_t n, double (*acc)[kLanes]);
+  // out = a + c0·e + c1·r, also to `copy` if it is there, and e to `direction` if that is. False for terms of a number
+  // that has no kernel.
+  bool (*step_apply)(const StepTerms<T>& terms, T c0, T c1, T* out, T* copy, T* direction, int64_t n, bool streaming);
   void (*clamp)(T* row, T low, T high, int64_t n);
   void (*load)(DType dtype, const void* from, T* to, int64_t n);
   void (*store)(DType dtype, const T* from, void* to, int64_t n);

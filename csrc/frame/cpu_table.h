@@ -5,12 +5,13 @@
 #include "frame/cpu_convert.h"
 #include "frame/cpu_gram.h"
 #include "frame/cpu_noise.h"
+#include "frame/cpu_step.h"
 
 namespace marquardt::MQ_ISA {
 
 template <class T>
 constexpr TypedFrameKernels<T> typed_kernels() {
-  return {gram<T>, apply<T>, apply_wide<T>, clamp<T>, load_chunk, store_chunk, fill_noise};
+  return {gram<T>, apply<T>, apply_wide<T>, step_gram<T>, step_apply<T>, clamp<T>, load_chunk, store_chunk, fill_noise};
 }
 
 constexpr const char* name_of_isa() {

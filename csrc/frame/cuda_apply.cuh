@@ -110,7 +110,12 @@ MQ_DEVICE inline void combine_all(const Rows<A, G>& rows, const Share& share, co
   MQ_UNROLL(1)
   for (int i = 0; i < rows.a.call.outputs;) {
     const uint32_t group = map.zero >> i & ((1u << M) - 1u);
-    if (group == 0u && i + M <= rows.a.call.outputs) {
+    if (G && map.apart) {
+      uint32_t own = 0u;
+      for (int j = 0; j < rows.a.call.rows; ++j) own |= (matrix[i * stride + j] != S(0) ? 1u : 0u) << j;
+      combine<A, G, 1>(rows, share, map.used & own, matrix, stride, i, first);
+      ++i;
+    } else if (group == 0u && i + M <= rows.a.call.outputs) {
       combine<A, G, M>(rows, share, map.used, matrix, stride, i, first);
       i += M;
     } else {
@@ -194,7 +199,7 @@ MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, cons
   walk.each([&](int tile, const unsigned char* stage) {
     const int64_t first = first_of_tile<A>(share, tile);
     if constexpr (G) {
-      if (a.layout.staged) make_rows<A>(a, share, first, stage, shared);
+      if (a.layout.staged) make_any_rows<A>(a, share, first, stage, shared);
     }
     const Rows<A, G> rows{a, stage, shared + a.layout.rows_at};
     if constexpr (G && sizeof(C) == 4) {

@@ -62,7 +62,7 @@ MQ_DEVICE inline void gram_own(const FrameArguments<G>& a, const Share& share, c
       add_plain(PlainRows<A, R>{a.call, stage}, sum);
     } else {
       if constexpr (G) {
-        if (a.layout.staged) make_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
+        if (a.layout.staged) make_any_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
       }
       add_own<A, G, R, First>(Rows<A, G>{a, stage, shared + a.layout.rows_at}, sum);
     }
@@ -141,7 +141,7 @@ MQ_DEVICE inline void gram_blocks(const FrameArguments<true>& a, const Share& sh
     double sum[kBlockRows][kBlockRows] = {};
     if (base > 0) walk.start();
     walk.each([&](int tile, const unsigned char* stage) {
-      if (a.layout.staged) make_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
+      if (a.layout.staged) make_any_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
       __syncthreads();  // other threads' slots from here on
       const Rows<A, true> rows{a, stage, shared + a.layout.rows_at};
       if (busy)
@@ -185,11 +185,11 @@ MQ_DEVICE inline bool gram_plain(const FrameArguments<G>& a, const Share& share,
   return false;
 }
 
-// The Gram of the rows in `wanted` (a prefix: row 0, or all) into own_at, by all threads. walk.start() was called.
+// The Gram of the rows in `wanted` (a prefix: row 0, rows 0 and 1, or all) into own_at, by all threads. walk.start() was called.
 template <FrameAccess A, bool G, class Walk>
 MQ_DEVICE inline void gram(const FrameArguments<G>& a, const Share& share, uint32_t wanted, const Walk& walk,
                            unsigned char* shared) {
-  const int count = wanted == 1u ? 1 : a.call.rows;
+  const int count = wanted == 1u ? 1 : wanted == 3u ? 2 : a.call.rows;
   if (a.layout.entries == 0) return;
   if constexpr (G) {
     if (a.layout.blocks > 1 || a.call.gram == GramKind::two) return gram_blocks<A>(a, share, walk, shared);

@@ -11,8 +11,9 @@ MQ_DEVICE inline const double* parameters_of(const FrameArguments<G>& a, int64_t
   return a.call.host_parameters ? a.parameters : a.call.parameters + sample * a.call.parameter_stride;
 }
 
-// Vectors that the rows in `rows` are made of.
-MQ_DEVICE inline uint32_t vectors_of(const FrameCall& call, int vectors, uint32_t rows) {
+// Vectors that the rows in `rows` are made of; of a step, those that its numbers ask for.
+MQ_DEVICE inline uint32_t vectors_of(const FrameCall& call, int vectors, uint32_t rows, const double* p, bool outputs) {
+  if (call.op == FrameOp::lm_step) return step_vectors(call, p, outputs);
   if (call.prologue != nullptr) return (1u << vectors) - 1u;
   uint32_t base = 0u;
   for (int j = 0; j < call.pairs; ++j) base |= (rows >> (2 * j + 1) & 1u) << 2 * j;
@@ -23,6 +24,7 @@ MQ_DEVICE inline uint32_t vectors_of(const FrameCall& call, int vectors, uint32_
 template <FrameAccess A, bool G>
 MQ_DEVICE inline void load_prologue(const FrameArguments<G>& a, int64_t sample, unsigned char* shared) {
   if constexpr (G) {
+    if (a.call.op == FrameOp::lm_step) return load_step<A>(a, parameters_of(a, sample), shared);
     if (a.call.prologue == nullptr) return;
     auto* to = reinterpret_cast<typename Access<A>::C*>(shared + a.layout.prologue_at);
     const double* from = a.call.prologue_stride == 0 ? a.prologue : a.call.prologue + sample * a.call.prologue_stride;
@@ -103,7 +105,7 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   const double* p = parameters_of(a, share.sample);
   const uint32_t wanted = gram_rows(a.call, p);
   const HeldWalk<A, G> walk{a, share, shared};
-  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, rows_read(a.call, p));
+  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, rows_read(a.call, p), p, true);
   walk.fetch_all(vectors);
   load_prologue<A>(a, share.sample, shared);
   ptx::copy_async_wait<0>();
@@ -140,9 +142,10 @@ MQ_KERNEL(kMaxThreads, G                        ? 1
 frame_gram(const __grid_constant__ FrameArguments<G> a) {
   unsigned char* shared = shared_memory();
   const Share share = share_of<A>(a);
-  const uint32_t wanted = gram_rows(a.call, parameters_of(a, share.sample));
+  const double* p = parameters_of(a, share.sample);
+  const uint32_t wanted = gram_rows(a.call, p);
   if (wanted == 0u) return;  // nobody reads the workspace of this sample
-  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, wanted);
+  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, wanted, p, false);
   const int plain = a.call.gram == GramKind::full ? plain_streams<A>(a, vectors) : 0;
   with_source<A>(a, share, vectors, plain, [&](const auto& source) {
     constexpr int kStreams = std::decay_t<decltype(source)>::kStreams;
@@ -182,7 +185,7 @@ frame_apply(const __grid_constant__ FrameArguments<G> a) {
   const Share share = share_of<A>(a);
   const double* p = parameters_of(a, share.sample);
   const uint32_t rows = a.call.outputs == 0 ? 0u : rows_read(a.call, p);
-  const uint32_t vectors = rows == 0u ? 0u : vectors_of(a.call, a.layout.vectors, rows);
+  const uint32_t vectors = rows == 0u ? 0u : vectors_of(a.call, a.layout.vectors, rows, p, true);
   with_source<A>(a, share, vectors, plain_streams<A>(a, vectors), [&](const auto& source) {
     RingWalk<A, G, std::decay_t<decltype(source)>>{a, source, shared}.start();
   });

@@ -19,6 +19,7 @@ constexpr int kBlockEntries = kBlockRows * kBlockRows;      // for one warp's ac
 constexpr int kMaxThreads = 256;                            // of a CTA
 constexpr int kSmallParameters = kMaxParameters;            // carried by a launch of the quick kernels
 constexpr int kManyParameters = kMaxOutputs * kMaxVectors;  // and of the general ones: a matrix
+constexpr int kStepNumbers = 3 * (kMaxSources + 1) + 3;     // of a sampler step (cuda_step.cuh)
 constexpr int kRingStages = 4, kGeneralRingStages = 2;      // tiles in flight where the frame is not held
 
 // Elements of a slot.
@@ -61,7 +62,7 @@ inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int thre
     l.offset[j] = l.stage_bytes;
     l.stage_bytes += threads * v * (j < call.streams ? static_cast<int>(size_of(call.stream[j].dtype)) : wide);
   }
-  l.staged = call.prologue != nullptr || call.clamp != nullptr;
+  l.staged = call.prologue != nullptr || call.clamp != nullptr || call.op == FrameOp::lm_step;
   l.row_bytes = threads * v * wide;
   l.entries = gram_entries(call);
   l.blocks = gram_blocks(call);
@@ -78,7 +79,8 @@ inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int thre
   l.gram_at = place(8 * l.entries);
   l.own_at = place(8 * l.entries);
   l.parts_at = place(l.blocks == 0 ? 0 : 8 * kBlockEntries * (threads / 32));
-  l.prologue_at = place(call.prologue == nullptr ? 0 : static_cast<int64_t>(call.rows) * l.vectors * wide);
+  const int64_t prologue = call.prologue == nullptr ? 0 : static_cast<int64_t>(call.rows) * l.vectors;
+  l.prologue_at = place((call.op == FrameOp::lm_step ? kStepNumbers : prologue) * wide);
   at = (at + 127) / 128 * 128;
   l.rows_at = place(l.staged ? static_cast<int64_t>(call.rows) * l.row_bytes : 0);
   l.stages_at = at;

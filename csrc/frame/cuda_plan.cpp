@@ -43,12 +43,13 @@ FrameAccess access_of(const FrameCall& call, bool general) {
 
 bool is_general(const FrameCall& call) {
   return call.ones || call.prologue != nullptr || call.clamp != nullptr || call.op == FrameOp::given ||
-         is_lowrank(call.op) || gram_blocks(call) > 1;
+         is_lowrank(call.op) || call.op == FrameOp::lm_step || gram_blocks(call) > 1;
 }
 
 bool any_gram(const FrameCall& call) {
   if (call.gram == GramKind::none || call.rows == 0) return false;
-  if (!call.host_parameters || call.op != FrameOp::lm_direction) return true;
+  const bool may_skip = call.op == FrameOp::lm_direction || call.op == FrameOp::lm_step;
+  if (!call.host_parameters || !may_skip) return true;
   return gram_rows(call, call.parameters) != 0u;
 }
 

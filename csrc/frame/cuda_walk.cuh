@@ -3,6 +3,7 @@
 #pragma once
 
 #include "frame/cuda_plain.cuh"
+#include "frame/cuda_step.cuh"
 
 namespace marquardt {
 

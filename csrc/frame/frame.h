@@ -38,6 +38,8 @@ enum class FrameOp : int {
   lowrank_logdet = 8,
   lowrank_logdet_vjp = 9,
   lowrank_update = 10,
+  // Steps of samplers (step.h): rows of their own.
+  lm_step = 11,
 };
 
 enum class GramKind : uint8_t {
@@ -87,6 +89,12 @@ struct FrameCall {
   int64_t prologue_stride = 0;       // 0 or k·n
   const double* clamp = nullptr;     // [k, 2] lower and upper bounds
   int rows = 0;                      // k
+  // lm_step alone: its sources are the first streams, and its rows follow from them and the parameters (step.h).
+  int sources = 0;
+  bool clipped = false;         // there is a row y
+  uint8_t step_outputs = 1;     // how many outputs are x' (one behind another); 1 or 2
+  bool step_direction = false;  // then the direction is an output
+  bool step_converted = false;  // and y
 
   GramKind gram = GramKind::none;
   bool exact = false;  // Gram products in double
@@ -108,6 +116,7 @@ struct FrameMap {
   uint32_t used;                       // bit j: row j is read by the apply
   uint32_t zero;                       // bit i: output i is zero, whatever the rows hold
   bool wide;                           // outputs are sums that cancel: added up in double
+  bool apart;                          // an output looks only at rows whose number is not 0
   double work[24];                     // room for the map's own numbers
 };
 

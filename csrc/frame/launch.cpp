@@ -316,6 +316,23 @@ void FrameLauncher::output(DType dtype) {
   append(Result(state_, walk_, dtype));
 }
 
+void FrameLauncher::output_twice(DType dtype) {
+  int64_t sizes[kMaxDims], strides[kMaxDims];
+  std::copy_n(state_.sizes, state_.dims, sizes);
+  std::copy_n(state_.strides, state_.dims, strides);
+  View twice = state_;
+  twice.sizes = sizes;
+  twice.strides = strides;
+  Walk walk = walk_;
+  walk.first_is_dense = walk_.first_is_dense && (sizes[0] == 1 || strides[0] == call.size);  // samples in a row
+  sizes[0] *= 2;
+  strides[0] = call.size;
+  append(Result(twice, walk, dtype));
+  Output second = call.output[call.outputs - 1];
+  second.data = static_cast<char*>(second.data) + call.batch * call.size * size_of(dtype);
+  call.output[call.outputs++] = second;
+}
+
 void FrameLauncher::output(const Tensor& out) {
   const View view = floating_view(op_, "out", out);
   const auto first = [this] { return label(first_name_, first_index_); };

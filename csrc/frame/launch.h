@@ -39,6 +39,8 @@ class FrameLauncher {
 
   void output(DType dtype);
   void output(const Tensor& out);
+  // The next output, and the one behind it, as the halves [0, B) and [B, 2B) of one tensor like the state.
+  void output_twice(DType dtype);
   // k outputs behind one another: [B, k, *sample], or [k, *sample] in an unbatched call.
   Tensor output_stack(int count, DType dtype);
   // [B, columns] float64.

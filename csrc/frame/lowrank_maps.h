@@ -19,7 +19,7 @@ namespace marquardt {
 enum LowRankMode : int { kMatvec = 0, kSolve = 1, kInvSqrt = 2 };
 
 MQ_MAP bool is_lowrank(FrameOp op) {
-  return op >= FrameOp::lowrank;
+  return op >= FrameOp::lowrank && op <= FrameOp::lowrank_update;
 }
 
 // --- the ops -----------------------------------------------------------------------------------------------------

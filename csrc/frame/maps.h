@@ -10,6 +10,7 @@
 #include "frame/dual.h"
 #include "frame/frame.h"
 #include "frame/lowrank_maps.h"
+#include "frame/step.h"
 
 namespace marquardt {
 
@@ -185,6 +186,44 @@ MQ_MAP void lm_jvp_map(int mode, const double* gram, const double* p, FrameMap& 
   }
 }
 
+// --- steps of samplers -----------------------------------------------------------------------------------------
+
+// Rows (e, r, a, y) -> x' (once or twice), e, y. Gram entries n = ⟨e,e⟩, ⟨e,r⟩, ⟨r,r⟩.
+MQ_MAP void step_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map) {
+  const StepShape shape = step_shape(call);
+  double c0 = 0.0, c1 = 0.0;
+  map.used = 4u;
+  map.apart = true;
+  if (step_reads_prev(call, shape, p)) {
+    map.used = 7u;
+    if (call.mode == kSnr) {  // h·e + √(2hT)·ξ with h = 2(r‖ξ‖/‖e‖)²; no direction, no step
+      c0 = gram[0] == 0.0 ? 0.0 : 2.0 * p[0] * p[0] * gram[2] / gram[0];
+      c1 = std::sqrt(2.0 * c0 * p[1]);
+    } else {
+      lm_coefficients(call.mode, gram[0], gram[1], gram[2], p[0], p[1], c0, c1);
+      c0 *= p[2];
+      c1 *= p[2];
+    }
+  }
+  int i = 0;
+  const auto put = [&](double on_e, double on_r, double on_a, double on_y) {
+    map.c[i][0] = on_e;
+    map.c[i][1] = on_r;
+    map.c[i][2] = on_a;
+    map.c[i][3] = on_y;
+    ++i;
+  };
+  for (int copy = 0; copy < call.step_outputs; ++copy) put(c0, c1, 1.0, 0.0);
+  if (call.step_direction) {
+    put(1.0, 0.0, 0.0, 0.0);
+    map.used |= 1u;
+  }
+  if (call.step_converted) {
+    put(0.0, 0.0, 0.0, 1.0);
+    map.used |= 8u;
+  }
+}
+
 // --- the switch ------------------------------------------------------------------------------------------------
 
 // Rows whose Gram the op needs for a sample with these parameters (bit j: row j); 0: no Gram at all.
@@ -196,6 +235,7 @@ MQ_MAP uint32_t gram_rows(const FrameCall& call, const double* p) {
       return call.mode == kPlain ? 1u : 0u;
     case FrameOp::lm_direction_backward:
     case FrameOp::lm_direction_jvp: return all;
+    case FrameOp::lm_step: return step_reads_prev(call, step_shape(call), p) ? 3u : 0u;
     default: return call.gram == GramKind::none ? 0u : all;
   }
 }
@@ -228,6 +268,7 @@ MQ_MAP void map_part(const FrameCall& call, const double* gram, const double* p,
 MQ_MAP void finish_map(const FrameCall& call, const double* gram, const double* p, FrameMap& map, double* scalars) {
   map.zero = 0u;
   map.wide = false;
+  map.apart = false;
   switch (call.op) {
     case FrameOp::given:
       for (int i = 0; i < call.outputs; ++i)
@@ -252,6 +293,7 @@ MQ_MAP void finish_map(const FrameCall& call, const double* gram, const double* 
       if (scalars != nullptr)
         for (int j = 1; j < call.rows; ++j) scalars[j - 1] = gram[j - 1];
       return;
+    case FrameOp::lm_step: step_map(call, gram, p, map); return;
     default: return;
   }
 }
@@ -261,6 +303,7 @@ MQ_MAP void begin_lowrank(const FrameCall& call, FrameMap& map) {
   map.used = (1u << call.rows) - 1u;
   map.zero = 0u;
   map.wide = false;
+  map.apart = false;
 }
 
 // The whole scalar stage by one thread.
@@ -281,7 +324,8 @@ MQ_MAP bool wants_exact_gram(const FrameCall& call, const double* gram, uint32_t
   switch (call.op) {
     case FrameOp::lm_direction:
     case FrameOp::lm_direction_backward:
-    case FrameOp::lm_direction_jvp: {
+    case FrameOp::lm_direction_jvp:
+    case FrameOp::lm_step: {
       const double n = gram[0], e = gram[1], R = gram[2];
       const double tiny = 1e-30 * static_cast<double>(call.size), huge = 1e37;
       if (!(n > tiny) || !(n < huge)) return true;

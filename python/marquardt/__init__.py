@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from . import backends, reference
 from .backends import Explanation, explain, use_backend
+from .dynamics import langevin_step, underdamped_langevin_step
 from .gauss_newton import damped_gram_solve, softmax_head_hvp
 from .hessian import lm_direction
 from .langevin import affine_step
+from .lml import lml_ddim_step, lml_flow_step
+from .lml_dpm import lml_dpm_step
 from .lowrank import lowrank_inv_sqrt, lowrank_logdet, lowrank_matvec, lowrank_solve, lowrank_update
 from .lowrank_hessian import LowRankHessian, update_damping
 
@@ -24,7 +27,11 @@ __all__ = [
     "backends",
     "damped_gram_solve",
     "explain",
+    "langevin_step",
     "lm_direction",
+    "lml_ddim_step",
+    "lml_dpm_step",
+    "lml_flow_step",
     "lowrank_inv_sqrt",
     "lowrank_logdet",
     "lowrank_matvec",
@@ -32,6 +39,7 @@ __all__ = [
     "lowrank_update",
     "reference",
     "softmax_head_hvp",
+    "underdamped_langevin_step",
     "update_damping",
     "use_backend",
 ]

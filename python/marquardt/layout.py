@@ -51,3 +51,12 @@ def batch_and_size(t: Tensor, batch_dims: int) -> tuple[int, int]:
 def per_sample(values: Tensor, like: Tensor, batch_dims: int) -> Tensor:
     """[B] values shaped so that they broadcast against `like`."""
     return values.reshape(values.shape[:batch_dims] + (1,) * (like.dim() - batch_dims))
+
+
+def empty_twice(t: Tensor) -> Tensor:
+    """A new tensor [2B, *sample]: laid out like `t` where its samples lie in a row, else contiguous."""
+    sizes = (2 * t.shape[0], *t.shape[1:])
+    batch, size = batch_and_size(t, 1)
+    if t.numel() > 0 and is_dense(t) and (batch == 1 or t.stride(0) == size):
+        return torch.empty_strided(sizes, (size, *t.stride()[1:]), dtype=t.dtype, device=t.device)
+    return torch.empty(sizes, dtype=t.dtype, device=t.device)

@@ -16,11 +16,16 @@ from ..noise import draw_seed
 from . import gauss_newton, hessian, langevin, lowrank
 from .gauss_newton import softmax_head_hvp
 from .noise import normal
+from .steps import langevin_step, lml_ddim_step, lml_dpm_step, lml_flow_step, underdamped_langevin_step
 
 __all__ = [
     "affine_step",
     "damped_gram_solve",
+    "langevin_step",
     "lm_direction",
+    "lml_ddim_step",
+    "lml_dpm_step",
+    "lml_flow_step",
     "lowrank_inv_sqrt",
     "lowrank_logdet",
     "lowrank_matvec",
@@ -28,6 +33,7 @@ __all__ = [
     "lowrank_update",
     "normal",
     "softmax_head_hvp",
+    "underdamped_langevin_step",
 ]
 
 Tensor = torch.Tensor

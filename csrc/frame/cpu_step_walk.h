@@ -1,0 +1,210 @@
+// A sampler step on the CPU, stretch by stretch: which vectors count, and where its rows are made: in the registers of
+// the kernels, or in scratch where there are more terms than they take.
+#pragma once
+
+#include "frame/cpu_rows.h"
+#include "frame/step.h"
+
+namespace marquardt {
+
+// The vectors of one sample that count, those of the direction first, with their numbers in rows 0 and 2.
+struct StepPlan {
+  static constexpr int kY = -1;  // the clipped row, made in scratch
+  StepShape shape;
+  bool reads, direction, y;
+  int count = 0, in_direction = 0;
+  int vector[kMaxVectors];
+  double a[kMaxVectors], d[kMaxVectors];
+
+  StepPlan(const FrameCall& call, const double* p)
+      : shape(step_shape(call)), reads(step_reads_prev(call, shape, p)), direction(step_needs_direction(call, reads)) {
+    y = shape.clipped && call.step_converted;
+    // Kernels want the terms of the direction in front; sums alone go in the order of the sources.
+    if (!reads) {
+      add_all(p, true, true);
+    } else {
+      add_all(p, true, false);
+      add_all(p, false, true);
+    }
+  }
+
+ private:
+  // Those in the direction, those that are not, or both.
+  void add_all(const double* p, bool inside, bool outside) {
+    const auto add = [&](int j, double on_a, double on_d) {
+      if (!direction) on_d = 0.0;
+      if (!(on_d != 0.0 ? inside : outside) || (on_a == 0.0 && on_d == 0.0)) return;
+      vector[count] = j;
+      a[count] = on_a;
+      d[count++] = on_d;
+      if (inside) in_direction = count;
+      y = y || j == kY;
+    };
+    for (int j = 0; j < shape.sources; ++j) add(j, step_base(shape, p, j, reads), p[shape.d(j)]);
+    if (shape.noisy) add(shape.noise(), step_base(shape, p, shape.sources, reads), p[shape.d_noise()]);
+    if (shape.clipped) add(kY, step_base_y(shape, p, reads), p[shape.d_y()]);
+  }
+};
+
+template <class T>
+class StepWalk {
+ public:
+  StepWalk(const FrameCall& call, const TypedFrameKernels<T>& kernels) : reader_{call, kernels} {
+    in_place_ = !call.clipped && call.seed == nullptr;
+    for (int j = 0; j < call.streams; ++j) in_place_ = in_place_ && reader_.in_place(j);
+  }
+
+  // Whether everything is read where it lies: then stretches may be longer than a chunk.
+  bool in_place() const { return in_place_; }
+  // Scratch buffers: vectors, y, and rows e, r, a.
+  int buffers() const { return reader_.call.streams + 5; }
+
+  // Adds ⟨e,e⟩, ⟨e,r⟩, ⟨r,r⟩ over [begin, begin + n) of sample b; n ≤ kChunk unless all is in place.
+  void gram(const StepPlan& plan, int64_t b, int64_t begin, int64_t n, bool exact, const double* p,
+            const Scratch<T>& scratch, double (*acc)[kLanes]) const {
+    const bool residual = reader_.call.mode != kSnr;
+    if (!exact && residual && plan.in_direction >= 1 && plan.in_direction <= kDirectionTerms) {
+      return reader_.kernels.step_gram(terms(plan, b, begin, n, plan.in_direction, p, scratch), n, acc);
+    }
+    for (int64_t at = begin; at < begin + n; at += kChunk) {
+      const int64_t part = begin + n - at < kChunk ? begin + n - at : kChunk;
+      const StepTerms<T> t = terms(plan, b, at, part, plan.in_direction, p, scratch);
+      const T* rows[2] = {direction_row(t, part, scratch), nullptr};
+      rows[1] = second_row(t, rows[0], part, scratch);
+      reader_.kernels.gram(rows, 2, 0, GramKind::full, exact, part, acc);
+    }
+  }
+
+  // Writes the outputs over [begin, begin + n) of sample b to outs[i], in the order of the call.
+  void apply(const StepPlan& plan, const FrameMap& map, int64_t b, int64_t begin, int64_t n, const double* p,
+             const Scratch<T>& scratch, T* const* outs, bool streaming) const {
+    const FrameCall& call = reader_.call;
+    T* const copy = call.step_outputs == 2 ? outs[1] : nullptr;
+    int next = call.step_outputs;
+    T* const direction = call.step_direction ? outs[next++] : nullptr;
+    const int64_t step = in_place_ ? n : kChunk;
+    for (int64_t at = 0; at < n; at += step) {
+      const int64_t part = n - at < step ? n - at : step;
+      StepTerms<T> t = terms(plan, b, begin + at, part, plan.count, p, scratch);
+      const auto behind = [at](T* to) { return to == nullptr ? nullptr : to + at; };
+      if (call.step_converted)
+        __builtin_memcpy(outs[next] + at, y_buffer(scratch), static_cast<size_t>(part) * sizeof(T));
+      if (!plan.reads) {
+        sum(t, t.a, 0, t.count, outs[0] + at, part, streaming);
+        if (copy != nullptr) sum(t, t.a, 0, t.count, copy + at, part, streaming);
+        if (direction != nullptr) sum(t, t.d, 0, t.in_direction, direction + at, part, streaming);
+        continue;
+      }
+      const T c0 = static_cast<T>(map.c[0][0]), c1 = static_cast<T>(map.c[0][1]);
+      if (call.mode != kSnr && t.in_direction >= 1 &&
+          reader_.kernels.step_apply(t, c0, c1, outs[0] + at, behind(copy), behind(direction), part, streaming))
+        continue;
+      in_scratch(t, map, call.outputs - (call.step_converted ? 1 : 0), outs, at, part, scratch);
+    }
+  }
+
+ private:
+  T* y_buffer(const Scratch<T>& scratch) const { return scratch.buffer(reader_.call.streams + 1); }
+  T* row_buffer(int i, const Scratch<T>& scratch) const { return scratch.buffer(reader_.call.streams + 2 + i); }
+
+  // The first `count` terms of the plan, and p, over [begin, begin + n) of sample b.
+  StepTerms<T> terms(const StepPlan& plan, int64_t b, int64_t begin, int64_t n, int count, const double* p,
+                     const Scratch<T>& scratch) const {
+    StepTerms<T> t;
+    const T* vectors[kMaxVectors] = {};
+    const auto vector = [&](int j) {
+      if (vectors[j] == nullptr) vectors[j] = reader_.read(j, b, begin, n, in_place_ ? nullptr : scratch.buffer(j));
+      return vectors[j];
+    };
+    t.count = count;
+    t.in_direction = plan.in_direction;
+    bool made = false;
+    for (int i = 0; i < count; ++i) {
+      t.a[i] = static_cast<T>(plan.a[i]);
+      t.d[i] = static_cast<T>(plan.d[i]);
+      if (plan.vector[i] != StepPlan::kY) {
+        t.row[i] = vector(plan.vector[i]);
+      } else {
+        made = true;
+        t.row[i] = make_y(plan, n, p, vector, scratch);
+      }
+    }
+    if (plan.y && !made && count == plan.count) make_y(plan, n, p, vector, scratch);  // an output of its own
+    t.prev = plan.reads ? vector(plan.shape.prev()) : nullptr;
+    return t;
+  }
+
+  template <class Vector>
+  const T* make_y(const StepPlan& plan, int64_t n, const double* p, const Vector& vector,
+                  const Scratch<T>& scratch) const {
+    StepTerms<T> t;
+    t.count = 0;
+    for (int j = 0; j < plan.shape.sources; ++j) {
+      if (p[plan.shape.y(j)] == 0.0) continue;
+      t.row[t.count] = vector(j);
+      t.a[t.count++] = static_cast<T>(p[plan.shape.y(j)]);
+    }
+    T* y = y_buffer(scratch);
+    sum(t, t.a, 0, t.count, y, n, false);
+    const T bound = static_cast<T>(p[plan.shape.bound()]);
+    reader_.kernels.clamp(y, -bound, bound, n);
+    return y;
+  }
+
+  // out = Σ c_j·row_j over the terms [first, last) whose number is not 0.
+  void sum(const StepTerms<T>& t, const T* c, int first, int last, T* out, int64_t n, bool streaming) const {
+    const T* rows[kMaxVectors];
+    T numbers[kMaxVectors];
+    int count = 0;
+    for (int j = first; j < last; ++j) {
+      if (c[j] == T(0)) continue;
+      rows[count] = t.row[j];
+      numbers[count++] = c[j];
+    }
+    if (count == 0) {
+      __builtin_memset(out, 0, static_cast<size_t>(n) * sizeof(T));
+    } else {
+      reader_.kernels.apply(rows, count, 0, numbers, 1, &out, n, streaming);
+    }
+  }
+
+  const T* direction_row(const StepTerms<T>& t, int64_t n, const Scratch<T>& scratch) const {
+    if (t.in_direction == 1 && t.d[0] == T(1)) return t.row[0];
+    T* e = row_buffer(0, scratch);
+    sum(t, t.d, 0, t.in_direction, e, n, false);
+    return e;
+  }
+
+  const T* second_row(const StepTerms<T>& t, const T* e, int64_t n, const Scratch<T>& scratch) const {
+    if (reader_.call.mode == kSnr) return t.prev;
+    const T* rows[2] = {t.prev, e};
+    const T difference[2] = {T(1), T(-1)};
+    T* r = row_buffer(1, scratch);
+    reader_.kernels.apply(rows, 2, 0, difference, 1, &r, n, false);
+    return r;
+  }
+
+  void in_scratch(const StepTerms<T>& whole, const FrameMap& map, int outputs, T* const* outs, int64_t from, int64_t n,
+                  const Scratch<T>& scratch) const {
+    T c[kMaxOutputs * 3];
+    for (int i = 0; i < outputs; ++i)
+      for (int j = 0; j < 3; ++j) c[3 * i + j] = static_cast<T>(map.c[i][j]);
+    for (int64_t at = 0; at < n; at += kChunk) {
+      const int64_t part = n - at < kChunk ? n - at : kChunk;
+      StepTerms<T> t = whole;
+      for (int j = 0; j < t.count; ++j) t.row[j] += at;
+      t.prev += at;
+      T *a = row_buffer(2, scratch), *to[kMaxOutputs];
+      sum(t, t.a, 0, t.count, a, part, false);
+      const T* e = direction_row(t, part, scratch);
+      const T* rows[3] = {e, second_row(t, e, part, scratch), a};
+      for (int i = 0; i < outputs; ++i) to[i] = outs[i] + from + at;
+      reader_.kernels.apply(rows, 3, 0, c, outputs, to, part, false);
+    }
+  }
+
+  VectorReader<T> reader_;
+  bool in_place_;
+};
+
+}  // namespace marquardt

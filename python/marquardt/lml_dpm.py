@@ -1,0 +1,275 @@
+"""The DPM-Solver step of the LML samplers: a multistep update with a Levenberg–Marquardt–Langevin direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import errors
+from . import lml_coefficients as numbers
+from .lml_coefficients import Pair
+from .lml_common import (
+    Guidance,
+    add_noise,
+    add_output,
+    bounds,
+    guided,
+    key_of,
+    one_of,
+    scale_of_x0,
+    warn_orthogonal,
+)
+from .noise import Generator
+from .scalars import Scalar
+from .step import CONVERTED, DIRECTION, EXTRAPOLATE, STATE_DIRECTION, Step, known, lm_rule
+
+Tensor = torch.Tensor
+
+
+def _key(
+    op: str, rule: tuple[Any, ...], prev: Tensor | None, levels: tuple[Any, ...], rest: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """Under what the numbers of an update are kept, if all of them are plain floats."""
+    rows = []
+    for row in levels:
+        if type(row) not in (list, tuple):
+            return None
+        for number in row:
+            if type(number) is not float:
+                return None
+        rows.append(tuple(row))
+    return key_of(op, rule, prev, None, (tuple(rows), rest))
+
+
+def _sequence(op: str, name: str, values: Any, count: int) -> list[Scalar]:
+    """(target, s0, …) as `count` scalars."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1:
+            raise errors.value(op, name, "be a sequence or a tensor of one dimension", list(values.shape))
+        values = (
+            values.tolist() if values.device.type == "cpu" and not values.requires_grad else values.unbind()
+        )
+    values = list(values)
+    if len(values) < count:
+        raise errors.value(op, name, f"hold (target, s0, …), {count} numbers for this order", len(values))
+    return [float(v) if isinstance(v, int) else v for v in values[:count]]
+
+
+def _check_dpm(
+    op: str, order: Any, algorithm: str, solver_type: str, third_order: str, apply_to: str
+) -> None:
+    one_of(op, "algorithm", algorithm, numbers.ALGORITHMS)
+    one_of(op, "solver_type", solver_type, numbers.SOLVERS)
+    one_of(op, "third_order", third_order, numbers.THIRD_ORDERS)
+    one_of(op, "apply_to", apply_to, ("increment", "direction"))
+    highest = 2 if algorithm == "sde-dpmsolver" else 3
+    if order not in range(1, highest + 1):
+        raise errors.value(op, "order", f"be 1 to {highest} for {algorithm}", order)
+
+
+def _check_noise_levels(op: str, lambdas: list[Scalar]) -> None:
+    """Of those that the host knows: the last step to σ = 0 is one of first order."""
+    known = [v for v in lambdas if isinstance(v, float)]
+    if len(known) == len(lambdas):
+        if len(known) > 2 and not all(math.isfinite(v) for v in known):
+            raise errors.value(op, "lambdas", "be finite above order 1", known)
+        if math.isnan(known[0] - known[1]) or known[0] == known[1]:
+            raise errors.value(op, "lambdas", "differ from step to step", known)
+
+
+def lml_dpm_step(
+    sample: Tensor,
+    outputs: Sequence[Tensor] | Tensor,
+    prev_increment: Tensor | None = None,
+    *,
+    lambdas: Sequence[Scalar] | Tensor,
+    alphas: Sequence[Scalar] | Tensor,
+    sigmas: Sequence[Scalar] | Tensor,
+    order: int,
+    algorithm: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    third_order: str = "published",
+    damping: Scalar | None = None,
+    kappa: Scalar | None = None,
+    extrapolation: Scalar | None = None,
+    apply_to: str = "increment",
+    lm_on_sde: bool = False,
+    prediction_type: str | None = None,
+    clip: Scalar | None = None,
+    threshold: tuple[Scalar, Scalar] | None = None,
+    guidance: Guidance | None = None,
+    noise: Tensor | None = None,
+    generator: Generator = None,
+    seed: Tensor | int | None = None,
+    doubled: bool = False,
+    batch_dims: int = 1,
+) -> tuple[Tensor, ...]:
+    r"""One multistep DPM-Solver update along the Levenberg–Marquardt–Langevin direction, in one memory pass.
+
+        x' = a x + LM(N; prev_increment) + s ξ,     N = Σ_j c_j m_j
+
+    with the numbers of the algorithm, in float64 through expm1 and series: a = α/α_s0 and exponentials of
+    h = λ − λ_s0 for "dpmsolver" (m_j are ε), a = σ/σ_s0 and those of −h for "dpmsolver++" (m_j are x₀); the SDE forms
+    add noise. LM is `lm_direction`; at κ = 0 or without prev_increment the update is the plain one.
+
+    Args:
+        sample: x [B, *sample].
+        outputs: m_0 (the newest), m_1, …: at least `order` of them.
+        prev_increment: the second result of the step before.
+        lambdas, alphas, sigmas: λ = log(α/σ), α and σ at (target, s0, s1, s2): order + 1 numbers each.
+        order: 1 to 3; solver_type: "midpoint" or "heun", for order 2.
+        third_order: "published" (the tables in use, whose local order is 3; for sde-dpmsolver++ with the factor of D2
+            that is in use, which does not vanish with h) or "exact" (the Taylor series; local order 4).
+        damping, kappa, extrapolation: as in `lm_direction`.
+        apply_to: LM bends N, as published ("increment"), or N less its factor in front ("direction"), whose norm does
+            not change with the length of the step.
+        lm_on_sde: whether LM applies to the SDE forms too (their increment without noise).
+        prediction_type: None: all outputs are converted. Else outputs[0] is what the network gave ("epsilon",
+            "sample" or "v_prediction"); it is guided and converted here, x₀ within `clip` or `threshold`.
+        guidance: (uncond, scale), of a raw outputs[0].
+
+    Returns:
+        (x', N or the direction in the state's dtype), and with prediction_type the converted m_0 in the model's dtype
+        as the third, to be kept for the next steps.
+
+    Paper: the LML diffusion sampler, on top of DPM-Solver and DPM-Solver++.
+
+    >>> import math, torch, marquardt as mq
+    >>> alphas, sigmas = [0.8, 0.6], [0.6, 0.8]
+    >>> x, x0 = torch.tensor([[1.0]]), torch.tensor([[0.5]])
+    >>> mq.lml_dpm_step(
+    ...     x, [x0], lambdas=[math.log(a / s) for a, s in zip(alphas, sigmas)], alphas=alphas, sigmas=sigmas, order=1
+    ... )[0]
+    tensor([[0.9250]])
+    """
+    op = "lml_dpm_step"
+    key = None
+    plain = prediction_type is guidance is clip is threshold is None and not algorithm.startswith("sde")
+    if plain and type(outputs) is list and type(order) is int:
+        key = _key(
+            op, (damping, kappa, extrapolation), prev_increment, (lambdas, alphas, sigmas),
+            (order, algorithm, solver_type, third_order, apply_to),
+        )  # fmt: skip
+        recipe = None if key is None else known(key, doubled)
+        if recipe is not None and len(outputs) >= order:
+            new, increment, _ = recipe.run(op, sample, outputs[:order], prev_increment, doubled, batch_dims)
+            return new, increment
+    _check_dpm(op, order, algorithm, solver_type, third_order, apply_to)
+    history = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    if len(history) < order:
+        raise errors.value(op, "outputs", f"hold at least {order} tensors for order {order}", len(history))
+    lam, alpha, sigma = (
+        _sequence(op, name, values, order + 1)
+        for name, values in (("lambdas", lambdas), ("alphas", alphas), ("sigmas", sigmas))
+    )
+    _check_noise_levels(op, lam)
+    bounds(op, clip, threshold)
+    variant, rule, prev = lm_rule(op, prev_increment, "prev_increment", damping, kappa, extrapolation)
+    if algorithm.startswith("sde") and not lm_on_sde:
+        prev = None
+    if prediction_type is None:
+        for name, given in (("guidance", guidance), ("clip", clip), ("threshold", threshold)):
+            if given is not None:
+                raise errors.value(
+                    op, name, "come with prediction_type: converted outputs are taken as they are", given
+                )
+    else:
+        one_of(op, "prediction_type", prediction_type, numbers.PREDICTIONS)
+    at = numbers.dpm(algorithm, order, solver_type, third_order, lam, alpha, sigma)
+    if variant != EXTRAPOLATE and prev is not None:
+        scale = 1.0 if apply_to == "direction" else at.prefactor
+        size = float(sample[0].numel() if batch_dims else sample.numel())
+        if isinstance(scale, float):
+            warn_orthogonal(op, kappa, damping, size * scale * scale)
+
+    weight: Scalar = 1.0
+    direction = at.direction
+    if apply_to == "direction":
+        weight, direction = at.prefactor, tuple(c / at.prefactor for c in direction)
+    step = Step(
+        op,
+        sample,
+        batch_dims,
+        [at.on_x],
+        [0.0],
+        prev=prev,
+        prev_name="prev_increment",
+        variant=variant,
+        rule=rule,
+    )
+    step.weight, step.key = weight, key
+    kept: Tensor | None = None
+    converts = prediction_type is not None
+    if converts:
+        kept = _add_raw(
+            step,
+            history[0],
+            prediction_type,
+            algorithm,
+            alpha[1],
+            sigma[1],
+            direction[0],
+            clip,
+            threshold,
+            guidance,
+        )
+    else:
+        step.on_y = [0.0]
+        step.add("outputs[0]", history[0], 0.0, direction[0])
+    for j in range(1, order):
+        step.add(f"outputs[{j}]", history[j], 0.0, direction[j])
+    add_noise(step, at.noise, noise, generator, seed)
+    wanted = STATE_DIRECTION | (CONVERTED if converts and kept is None else 0)
+    new, increment, made = step.run(wanted, doubled)
+    if not converts:
+        return new, increment
+    return new, increment, made if kept is None else kept
+
+
+def _add_raw(
+    step: Step, output: Tensor, prediction: Any, algorithm: str, alpha: Scalar, sigma: Scalar, d: Scalar,
+    clip: Scalar | None, threshold: Any, guidance: Any,
+) -> Tensor | None:  # fmt: skip
+    """Adds what the network gave; returns m_0 where it is there before the step, else it is row y of the step."""
+    op, sample, batch_dims = step.op, step.sample, step.batch_dims
+    uncond, scale = guided(op, guidance)
+    eps, x0 = numbers.converted(prediction, numbers.wide(alpha), numbers.wide(sigma))
+    on_data = algorithm.endswith("++")
+    wanted, bounded = x0 if on_data else eps, clip is not None or threshold is not None
+    if not bounded and uncond is None and wanted == Pair(0.0, 1.0):
+        step.on_y = [0.0]
+        step.add("outputs[0]", output, 0.0, d)
+        return output
+    if bounded and not on_data:  # ε of a bounded x₀: a pass of its own
+        made = _epsilon_of_bounded(
+            op, sample, output, uncond, scale, eps, x0, alpha, sigma, clip, threshold, batch_dims
+        )
+        step.on_y = [0.0]
+        step.add("outputs[0]", made, 0.0, d)
+        return made
+    bound: Scalar = math.inf
+    if threshold is not None:
+        wanted = wanted.times(1.0 / scale_of_x0(op, sample, output, uncond, scale, x0, threshold, batch_dims))
+        bound = 1.0
+    elif clip is not None:
+        bound = clip
+    step.y, step.on_y = (0.0, d, bound), [wanted.x]
+    add_output(step, "outputs[0]", output, uncond, scale, 0.0, 0.0, wanted.g)
+    return None
+
+
+def _epsilon_of_bounded(
+    op: str, sample: Tensor, output: Tensor, uncond: Tensor | None, scale: Scalar, eps: Pair, x0: Pair, alpha: Scalar,
+    sigma: Scalar, clip: Scalar | None, threshold: Any, batch_dims: int,
+) -> Tensor:  # fmt: skip
+    """(x − α·bounded(x₀))/σ in the model's dtype."""
+    bound: Scalar = 1.0 if clip is None else clip
+    if threshold is not None:
+        x0 = x0.times(1.0 / scale_of_x0(op, sample, output, uncond, scale, x0, threshold, batch_dims))
+    a, s = numbers.wide(alpha), numbers.wide(sigma)
+    step = Step(op, sample, batch_dims, [0.0], [1.0 / s], weight=0.0, y=(0.0, -a / s, bound), on_y=[x0.x])
+    add_output(step, "outputs[0]", output, uncond, scale, 0.0, 0.0, x0.g)
+    return step.run(DIRECTION)[1]
