@@ -121,6 +121,33 @@ def copy(traffic: int, device: torch.device) -> Floor:
     return Floor("copy", calls, lambda t: min(t[name] for name in calls), "copy kernel over as many bytes")
 
 
+def streams(groups: Sequence[tuple[Sequence[Tensor], Tensor]]) -> Floor:
+    """The streaming floor of an op with several outputs: a triad for each, over the inputs that are left to it."""
+    parts = [triad(inputs, out) for inputs, out in groups]
+    calls = {f"{name} {i}": call for i, part in enumerate(parts) for name, call in part.contestants.items()}
+
+    def seconds(t: dict[str, float]) -> float:
+        return sum(
+            part.seconds({name: t[f"{name} {i}"] for name in part.contestants})
+            for i, part in enumerate(parts)
+        )
+
+    how = " and ".join(part.how for part in parts)
+    return Floor("triad", calls, seconds, how, substitute=any(part.substitute for part in parts))
+
+
+def noise(count: int) -> Floor:
+    """Drawing as many normals and keeping none: Philox and Box–Muller alone."""
+    kernel = getattr(torch.ops.marquardt, "_noise_floor", None)
+    if kernel is None:
+        buffer = torch.empty(count)
+        calls: dict[str, Call] = {"normal_": lambda: buffer.normal_()}
+    else:
+        calls = {"Philox and Box–Muller": lambda: kernel(count, 7)}
+    how = "normals drawn into the first cache"
+    return Floor("noise", calls, lambda t: min(t[name] for name in calls), how, substitute=kernel is None)
+
+
 def sample_words(batch: int, sample_bytes: int, threads: int) -> int:
     """float32 words of one stream in the read sweep: one sample per thread, or one split over them."""
     return max(1, min(batch, threads) * sample_bytes // 4)

@@ -10,7 +10,7 @@ import torch
 import cases
 from harness import INTERPRETED, native_only, same_bits
 from marquardt import backends
-from marquardt.reference.lml import CONVERTED, DIRECTION, DOUBLED, STATE_DIRECTION, Columns
+from marquardt.reference.lml import CONVERTED, DIRECTION, DOUBLED, GUIDED, STATE_DIRECTION, Columns
 from marquardt.step import EXTRAPOLATE, KEEP_NORM, SNR, STEP
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -30,6 +30,8 @@ TERMS = {
     "5-3": ([0.9, 0.0, 0.0, 0.0, 0.5], [0.0, 1.2, -0.7, 0.3, 0.0]),
     "5-4": ([0.9, 0.0, 0.0, 0.0, 0.0], [0.0, 1.2, -0.7, 0.3, -0.1]),
     "6-6": ([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 1.2, -0.7, 0.3, 0.2, -0.3]),
+    "4-1 apart": ([0.9, 0.4, -0.2, 0.0], [0.0, 0.0, 0.0, 1.0]),
+    "3-1 base": ([0.9, 0.0, 0.3], [0.0, 0.0, 1.5]),
     "6-0": ([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], [0.0] * 6),
 }
 
@@ -78,7 +80,11 @@ def test_terms(name: str, pair):
     for size in (7, 300, 2 * 2048 + 17):
         # λ about ‖e‖²: a step orthogonal to e would magnify the rounding of a guided e
         for mode, rule in ((KEEP_NORM, (4.0 * size, 0.3)), (EXTRAPOLATE, (0.4, 0.0))):
-            for wanted in (0, STATE_DIRECTION | DOUBLED):
+            for wanted in (
+                0,
+                STATE_DIRECTION | DOUBLED,
+                *((GUIDED, GUIDED | DIRECTION) if len(a) > 2 else ()),
+            ):
                 for has_prev in (True, False):
                     sample, outputs, prev = tensors((3, size), len(a) - 1, pair, seed=size)
                     args = (
@@ -105,7 +111,7 @@ def test_clipped_row(pair, drawn: bool):
     """y is bounded, counts in x' and in the direction, and comes back."""
     a, d, y = [0.0, 0.0, 0.2], [0.7, 0.0, 0.0], [0.6, -0.5, 0.8, 1.3, -0.6, 0.1]
     noise, seed = ([0.3, 0.0], torch.tensor([5, 9])) if drawn else (None, None)
-    for wanted in (0, DIRECTION | CONVERTED, CONVERTED | DOUBLED):
+    for wanted in (0, DIRECTION | CONVERTED, CONVERTED | DOUBLED, GUIDED | CONVERTED):
         sample, outputs, prev = tensors((2, 5000), 2, pair)
         args = (sample, outputs, prev, numbers(a, d, noise=noise, y=y), seed, KEEP_NORM, wanted, True, 1)
         found = STEP.plain(*args)
@@ -211,7 +217,8 @@ def variants():
     noisy = numbers(*TERMS["2-1"], noise=[0.3, 0.1])
     return [
         ("plain", 1, (plain, None, KEEP_NORM, 0, False)),
-        ("guided", 2, (guided, None, EXTRAPOLATE, DIRECTION, False)),
+        ("two", 2, (guided, None, EXTRAPOLATE, DIRECTION, False)),
+        ("guided", 2, (guided, None, EXTRAPOLATE, DIRECTION | GUIDED, False)),
         ("many", 5, (many, None, KEEP_NORM, STATE_DIRECTION, False)),
         ("bounded", 2, (bounded, None, KEEP_NORM, DIRECTION | CONVERTED, True)),
         (
@@ -328,6 +335,7 @@ def test_opcheck(sample, raw: bool):
         ({"outputs": [torch.ones(2, 3)] * 6}, ("outputs", "at most 5", "6")),
         ({"variant": 1}, ("variant", "1")),
         ({"wanted": 3}, ("wanted", "3")),
+        ({"wanted": GUIDED}, ("outputs", "two", "1")),
         ({"wanted": CONVERTED}, ("wanted", "clipped")),
         ({"wanted": DOUBLED, "batch_dims": 0}, ("doubled", "batch_dims")),
         ({"variant": SNR, "prev": None}, ("snr", "neither")),

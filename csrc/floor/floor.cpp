@@ -1,5 +1,5 @@
-// torch.ops.marquardt._stream_floor, _read_floor and _arithmetic_floor: bandwidth of this machine over the tensors of a
-// benchmark, and its rate of double arithmetic.
+// torch.ops.marquardt._stream_floor, _read_floor, _arithmetic_floor and _noise_floor: bandwidth of this machine over the
+// tensors of a benchmark, its rate of double arithmetic, and that of drawing normals.
 #include "floor/floor_kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,7 @@
 
 #include "core/parallel.h"
 #include "core/tensor.h"
-#include "frame/frame.h"
+#include "frame/cpu_kernels.h"
 
 namespace marquardt {
 namespace {
@@ -93,6 +93,21 @@ int64_t arithmetic_floor(int64_t steps) {
   return total;
 }
 
+// Draws `count` normals on all threads, chunk by chunk into the first cache, and keeps none; returns how many.
+int64_t noise_floor(int64_t count, int64_t key) {
+  if (count < 1) value_error("_noise_floor", "count", "be positive", count);
+  const auto draw = frame_kernels().f32.noise;
+  parallel_for((count + kChunk - 1) / kChunk, count > kChunk, [&](int64_t begin, int64_t end) {
+    alignas(64) float chunk[kChunk];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = count - i * kChunk < kChunk ? count - i * kChunk : kChunk;
+      draw(static_cast<uint64_t>(key), 0, static_cast<uint64_t>(i * kChunk), chunk, n);
+      __asm__ volatile("" : : "r"(chunk) : "memory");
+    }
+  });
+  return count;
+}
+
 }  // namespace
 }  // namespace marquardt
 
@@ -100,6 +115,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
   m.def("_stream_floor(Tensor[] inputs, Tensor(a!) out, bool streaming) -> ()");
   m.def("_read_floor(Tensor[] inputs, int repeats, int pieces) -> Tensor");
   m.def("_arithmetic_floor(int steps) -> int");
+  m.def("_noise_floor(int count, int key) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
@@ -109,4 +125,5 @@ STABLE_TORCH_LIBRARY_IMPL(marquardt, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(marquardt, CompositeExplicitAutograd, m) {
   m.impl("_arithmetic_floor", TORCH_BOX(&marquardt::arithmetic_floor));
+  m.impl("_noise_floor", TORCH_BOX(&marquardt::noise_floor));
 }

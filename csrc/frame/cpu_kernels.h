@@ -12,12 +12,13 @@ namespace marquardt {
 constexpr int kLanes = 8;
 
 // Terms of a step (step.h) over a stretch of elements: e = Σ_j d_j s_j over the first `in_direction` of them (at least
-// one), a = Σ_j a_j s_j over all, r = p − e.
+// one), a = Σ_j a_j s_j over all, r = p − e. With `pair` s_1 is the residual row[1] − row[0].
 template <class T>
 struct StepTerms {
   const T* row[kMaxVectors];
   T a[kMaxVectors], d[kMaxVectors];
   int count, in_direction;
+  bool pair;
   const T* prev;
 };
 

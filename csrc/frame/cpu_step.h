@@ -6,16 +6,24 @@
 
 namespace marquardt::MQ_ISA {
 
-// e and r of one vector of elements.
-template <class T, int E>
-MQ_INLINE void step_rows(const T* const* rows, const T* prev, const Vec<T>* d, int64_t at, Vec<T>& e, Vec<T>& r) {
-  e = d[0] * load(rows[0] + at);
-#pragma GCC unroll 4
-  for (int j = 1; j < E; ++j) e = fma(d[j], load(rows[j] + at), e);
-  r = load(prev + at) - e;
+// N terms of one vector of elements, the second a residual if Pair.
+template <int N, bool Pair, class T>
+MQ_INLINE void load_terms(const T* const* rows, int64_t at, Vec<T>* s) {
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) s[j] = load(rows[j] + at);
+  if constexpr (Pair) s[1] -= s[0];
 }
 
-template <class T, int E>
+// Σ_j c_j s_j.
+template <int N, class T>
+MQ_INLINE T combination(const T* c, const T* s) {
+  T sum = c[0] * s[0];
+#pragma GCC unroll 8
+  for (int j = 1; j < N; ++j) sum = fma(c[j], s[j], sum);
+  return sum;
+}
+
+template <class T, int E, bool Pair>
 void step_gram_of(const StepTerms<T>& terms, int64_t begin, int64_t n, double (*acc)[kLanes]) {
   constexpr int kUnroll = 4, kStep = kWidth<T>;
   Vec<T> d[E], sum[kUnroll][3] = {};
@@ -23,8 +31,9 @@ void step_gram_of(const StepTerms<T>& terms, int64_t begin, int64_t n, double (*
   for (int j = 0; j < E; ++j) d[j] = broadcast(terms.d[j]), rows[j] = terms.row[j] + begin;
   rows[E] = terms.prev + begin;
   const auto add = [&](const T* const* from, int64_t at, Vec<T>* to) {
-    Vec<T> e, r;
-    step_rows<T, E>(from, from[E], d, at, e, r);
+    Vec<T> s[E];
+    load_terms<E, Pair>(from, at, s);
+    const Vec<T> e = combination<E>(d, s), r = load(from[E] + at) - e;
     to[0] = fma(e, e, to[0]);
     to[1] = fma(e, r, to[1]);
     to[2] = fma(r, r, to[2]);
@@ -51,16 +60,18 @@ template <class T>
 void step_gram(const StepTerms<T>& terms, int64_t n, double (*acc)[kLanes]) {
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t part = n - begin < kChunk ? n - begin : kChunk;
-    switch (terms.in_direction) {
-      case 1: step_gram_of<T, 1>(terms, begin, part, acc); break;
-      case 2: step_gram_of<T, 2>(terms, begin, part, acc); break;
-      default: step_gram_of<T, 3>(terms, begin, part, acc);
+    switch (terms.in_direction + (terms.pair ? 10 : 0)) {
+      case 1: step_gram_of<T, 1, false>(terms, begin, part, acc); break;
+      case 2: step_gram_of<T, 2, false>(terms, begin, part, acc); break;
+      case 3: step_gram_of<T, 3, false>(terms, begin, part, acc); break;
+      case 12: step_gram_of<T, 2, true>(terms, begin, part, acc); break;
+      default: step_gram_of<T, 3, true>(terms, begin, part, acc);
     }
   }
 }
 
 // N terms, E of them in the direction.
-template <class T, int N, int E, bool Direction>
+template <class T, int N, int E, bool Pair, bool Direction>
 void step_apply_of(const StepTerms<T>& terms, T c0, T c1, T* out, T* copy, T* direction, int64_t n, bool streaming) {
   constexpr int kStep = kWidth<T>;
   Vec<T> a[N], d[E];
@@ -70,12 +81,11 @@ void step_apply_of(const StepTerms<T>& terms, T c0, T c1, T* out, T* copy, T* di
   rows[N] = terms.prev;
   const Vec<T> on_e = broadcast(c0), on_r = broadcast(c1);
   const auto combine = [&](const T* const* from, int64_t at, Vec<T>& e) {
-    Vec<T> r;
-    step_rows<T, E>(from, from[N], d, at, e, r);
-    Vec<T> x = a[0] * load(from[0] + at);
-#pragma GCC unroll 8
-    for (int j = 1; j < N; ++j) x = fma(a[j], load(from[j] + at), x);
-    return fma(on_r, r, fma(on_e, e, x));
+    Vec<T> s[N];
+    load_terms<N, Pair>(from, at, s);
+    e = combination<E>(d, s);
+    const Vec<T> r = load(from[N] + at) - e;
+    return fma(on_r, r, fma(on_e, e, combination<N>(a, s)));
   };
   const auto part = [&](int64_t at, int64_t count) {
     if (count <= 0) return;
@@ -118,11 +128,22 @@ void step_apply_of(const StepTerms<T>& terms, T c0, T c1, T* out, T* copy, T* di
 
 template <class T, int N, int E>
 bool step_apply_terms(const StepTerms<T>& terms, T c0, T c1, T* out, T* copy, T* direction, int64_t n, bool streaming) {
-  if (direction != nullptr) {
-    step_apply_of<T, N, E, true>(terms, c0, c1, out, copy, direction, n, streaming);
-  } else {
-    step_apply_of<T, N, E, false>(terms, c0, c1, out, copy, direction, n, streaming);
+  const auto run = [&](auto pair) {
+    constexpr bool kPair = decltype(pair)::value != 0;
+    if (direction != nullptr) {
+      step_apply_of<T, N, E, kPair, true>(terms, c0, c1, out, copy, direction, n, streaming);
+    } else {
+      step_apply_of<T, N, E, kPair, false>(terms, c0, c1, out, copy, direction, n, streaming);
+    }
+  };
+  if constexpr (E > 1) {
+    if (terms.pair) {
+      run(Count<1>{});
+      return true;
+    }
   }
+  if (terms.pair) return false;
+  run(Count<0>{});
   return true;
 }
 

@@ -12,6 +12,7 @@ struct StepPlan {
   static constexpr int kY = -1;  // the clipped row, made in scratch
   StepShape shape;
   bool reads, direction, y;
+  bool pair = false, astray = false;  // the residual of guidance stands in front with its base, or elsewhere
   int count = 0, in_direction = 0;
   int vector[kMaxVectors];
   double a[kMaxVectors], d[kMaxVectors];
@@ -31,18 +32,37 @@ struct StepPlan {
  private:
   // Those in the direction, those that are not, or both.
   void add_all(const double* p, bool inside, bool outside) {
-    const auto add = [&](int j, double on_a, double on_d) {
-      if (!direction) on_d = 0.0;
-      if (!(on_d != 0.0 ? inside : outside) || (on_a == 0.0 && on_d == 0.0)) return;
+    const auto add = [&](int j, double on_a, double on_d, bool in_e) {
+      if (!(in_e ? inside : outside)) return;
       vector[count] = j;
       a[count] = on_a;
       d[count++] = on_d;
       if (inside) in_direction = count;
       y = y || j == kY;
     };
-    for (int j = 0; j < shape.sources; ++j) add(j, step_base(shape, p, j, reads), p[shape.d(j)]);
-    if (shape.noisy) add(shape.noise(), step_base(shape, p, shape.sources, reads), p[shape.d_noise()]);
-    if (shape.clipped) add(kY, step_base_y(shape, p, reads), p[shape.d_y()]);
+    const auto on_d = [&](int at) { return direction ? p[at] : 0.0; };
+    const auto add_one = [&](int j, double base, double own) {
+      if (base != 0.0 || own != 0.0) add(j, base, own, own != 0.0);
+    };
+    int first = 0;
+    if (shape.guided) {  // s_2, and s_1 − s_2 if it counts
+      const double base[2] = {step_base(shape, p, 1, reads), step_base(shape, p, 2, reads)};
+      const double own[2] = {on_d(shape.d(1)), on_d(shape.d(2))};
+      if (base[0] == 0.0 && own[0] == 0.0) {
+        add_one(2, base[1], own[1]);
+      } else {
+        const int before = count;
+        const bool in_e = own[0] != 0.0 || own[1] != 0.0;
+        add(2, base[1], own[1], in_e);
+        add(1, base[0], own[0], in_e);
+        if (count > before) (before == 0 ? pair : astray) = true;
+      }
+      add_one(0, step_base(shape, p, 0, reads), on_d(shape.d(0)));
+      first = 3;
+    }
+    for (int j = first; j < shape.sources; ++j) add_one(j, step_base(shape, p, j, reads), on_d(shape.d(j)));
+    if (shape.noisy) add_one(shape.noise(), step_base(shape, p, shape.sources, reads), on_d(shape.d_noise()));
+    if (shape.clipped) add_one(kY, step_base_y(shape, p, reads), on_d(shape.d_y()));
   }
 };
 
@@ -56,14 +76,14 @@ class StepWalk {
 
   // Whether everything is read where it lies: then stretches may be longer than a chunk.
   bool in_place() const { return in_place_; }
-  // Scratch buffers: vectors, y, and rows e, r, a.
-  int buffers() const { return reader_.call.streams + 5; }
+  // Scratch buffers: vectors, y, rows e, r, a, and a residual that stands astray.
+  int buffers() const { return reader_.call.streams + 6; }
 
   // Adds ⟨e,e⟩, ⟨e,r⟩, ⟨r,r⟩ over [begin, begin + n) of sample b; n ≤ kChunk unless all is in place.
   void gram(const StepPlan& plan, int64_t b, int64_t begin, int64_t n, bool exact, const double* p,
             const Scratch<T>& scratch, double (*acc)[kLanes]) const {
     const bool residual = reader_.call.mode != kSnr;
-    if (!exact && residual && plan.in_direction >= 1 && plan.in_direction <= kDirectionTerms) {
+    if (!exact && residual && !plan.astray && plan.in_direction >= 1 && plan.in_direction <= kDirectionTerms) {
       return reader_.kernels.step_gram(terms(plan, b, begin, n, plan.in_direction, p, scratch), n, acc);
     }
     for (int64_t at = begin; at < begin + n; at += kChunk) {
@@ -82,7 +102,7 @@ class StepWalk {
     T* const copy = call.step_outputs == 2 ? outs[1] : nullptr;
     int next = call.step_outputs;
     T* const direction = call.step_direction ? outs[next++] : nullptr;
-    const int64_t step = in_place_ ? n : kChunk;
+    const int64_t step = in_place_ && !plan.astray ? n : kChunk;
     for (int64_t at = 0; at < n; at += step) {
       const int64_t part = n - at < step ? n - at : step;
       StepTerms<T> t = terms(plan, b, begin + at, part, plan.count, p, scratch);
@@ -90,9 +110,9 @@ class StepWalk {
       if (call.step_converted)
         __builtin_memcpy(outs[next] + at, y_buffer(scratch), static_cast<size_t>(part) * sizeof(T));
       if (!plan.reads) {
-        sum(t, t.a, 0, t.count, outs[0] + at, part, streaming);
-        if (copy != nullptr) sum(t, t.a, 0, t.count, copy + at, part, streaming);
-        if (direction != nullptr) sum(t, t.d, 0, t.in_direction, direction + at, part, streaming);
+        sum(t, t.a, t.count, outs[0] + at, part, streaming);
+        if (copy != nullptr) sum(t, t.a, t.count, copy + at, part, streaming);
+        if (direction != nullptr) sum(t, t.d, t.in_direction, direction + at, part, streaming);
         continue;
       }
       const T c0 = static_cast<T>(map.c[0][0]), c1 = static_cast<T>(map.c[0][1]);
@@ -104,6 +124,8 @@ class StepWalk {
   }
 
  private:
+  static constexpr int kPairRows = 4;  // that kernels of pairs take at most
+
   T* y_buffer(const Scratch<T>& scratch) const { return scratch.buffer(reader_.call.streams + 1); }
   T* row_buffer(int i, const Scratch<T>& scratch) const { return scratch.buffer(reader_.call.streams + 2 + i); }
 
@@ -118,11 +140,14 @@ class StepWalk {
     };
     t.count = count;
     t.in_direction = plan.in_direction;
+    t.pair = plan.pair;
     bool made = false;
     for (int i = 0; i < count; ++i) {
       t.a[i] = static_cast<T>(plan.a[i]);
       t.d[i] = static_cast<T>(plan.d[i]);
-      if (plan.vector[i] != StepPlan::kY) {
+      if (plan.vector[i] == 1 && plan.astray) {
+        t.row[i] = difference(vector(1), vector(2), row_buffer(3, scratch), n);
+      } else if (plan.vector[i] != StepPlan::kY) {
         t.row[i] = vector(plan.vector[i]);
       } else {
         made = true;
@@ -139,49 +164,64 @@ class StepWalk {
                   const Scratch<T>& scratch) const {
     StepTerms<T> t;
     t.count = 0;
-    for (int j = 0; j < plan.shape.sources; ++j) {
-      if (p[plan.shape.y(j)] == 0.0) continue;
+    t.pair = plan.shape.guided && p[plan.shape.y(1)] != 0.0;
+    const auto add = [&](int j) {
       t.row[t.count] = vector(j);
       t.a[t.count++] = static_cast<T>(p[plan.shape.y(j)]);
-    }
+    };
+    if (t.pair) add(2), add(1);
+    for (int j = 0; j < plan.shape.sources; ++j)
+      if (p[plan.shape.y(j)] != 0.0 && !(t.pair && (j == 1 || j == 2))) add(j);
     T* y = y_buffer(scratch);
-    sum(t, t.a, 0, t.count, y, n, false);
+    sum(t, t.a, t.count, y, n, false);
     const T bound = static_cast<T>(p[plan.shape.bound()]);
     reader_.kernels.clamp(y, -bound, bound, n);
     return y;
   }
 
-  // out = Σ c_j·row_j over the terms [first, last) whose number is not 0.
-  void sum(const StepTerms<T>& t, const T* c, int first, int last, T* out, int64_t n, bool streaming) const {
+  const T* difference(const T* of, const T* base, T* to, int64_t n) const {
+    const T* rows[2] = {of, base};
+    const T numbers[2] = {T(1), T(-1)};
+    reader_.kernels.apply(rows, 2, 0, numbers, 1, &to, n, false);
+    return to;
+  }
+
+  // out = Σ c_j·s_j over the first `last` terms whose number is not 0.
+  void sum(const StepTerms<T>& t, const T* c, int last, T* out, int64_t n, bool streaming) const {
     const T* rows[kMaxVectors];
     T numbers[kMaxVectors];
+    const bool pair = t.pair && last > 1 && c[1] != T(0);
     int count = 0;
-    for (int j = first; j < last; ++j) {
-      if (c[j] == T(0)) continue;
+    for (int j = 0; j < last; ++j) {
+      if (c[j] == T(0) && !(pair && j == 0)) continue;
       rows[count] = t.row[j];
       numbers[count++] = c[j];
     }
+    const auto apply = [&](int rows_taken, bool past_caches) {
+      reader_.kernels.apply(rows, rows_taken, pair ? 1 : 0, numbers, 1, &out, n, past_caches);
+    };
     if (count == 0) {
       __builtin_memset(out, 0, static_cast<size_t>(n) * sizeof(T));
-    } else {
-      reader_.kernels.apply(rows, count, 0, numbers, 1, &out, n, streaming);
+    } else if (!pair || count <= kPairRows) {
+      apply(count, streaming);
+    } else {  // what the kernels of pairs take, and the others on top
+      apply(kPairRows, false);
+      rows[kPairRows - 1] = out;
+      numbers[kPairRows - 1] = T(1);
+      reader_.kernels.apply(rows + kPairRows - 1, count - kPairRows + 1, 0, numbers + kPairRows - 1, 1, &out, n, false);
     }
   }
 
   const T* direction_row(const StepTerms<T>& t, int64_t n, const Scratch<T>& scratch) const {
     if (t.in_direction == 1 && t.d[0] == T(1)) return t.row[0];
     T* e = row_buffer(0, scratch);
-    sum(t, t.d, 0, t.in_direction, e, n, false);
+    sum(t, t.d, t.in_direction, e, n, false);
     return e;
   }
 
   const T* second_row(const StepTerms<T>& t, const T* e, int64_t n, const Scratch<T>& scratch) const {
     if (reader_.call.mode == kSnr) return t.prev;
-    const T* rows[2] = {t.prev, e};
-    const T difference[2] = {T(1), T(-1)};
-    T* r = row_buffer(1, scratch);
-    reader_.kernels.apply(rows, 2, 0, difference, 1, &r, n, false);
-    return r;
+    return difference(t.prev, e, row_buffer(1, scratch), n);
   }
 
   void in_scratch(const StepTerms<T>& whole, const FrameMap& map, int outputs, T* const* outs, int64_t from, int64_t n,
@@ -195,7 +235,7 @@ class StepWalk {
       for (int j = 0; j < t.count; ++j) t.row[j] += at;
       t.prev += at;
       T *a = row_buffer(2, scratch), *to[kMaxOutputs];
-      sum(t, t.a, 0, t.count, a, part, false);
+      sum(t, t.a, t.count, a, part, false);
       const T* e = direction_row(t, part, scratch);
       const T* rows[3] = {e, second_row(t, e, part, scratch), a};
       for (int i = 0; i < outputs; ++i) to[i] = outs[i] + from + at;

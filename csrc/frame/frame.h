@@ -91,6 +91,7 @@ struct FrameCall {
   int rows = 0;                      // k
   // lm_step alone: its sources are the first streams, and its rows follow from them and the parameters (step.h).
   int sources = 0;
+  bool guided = false;          // the first output of the model stands for its residual against the second
   bool clipped = false;         // there is a row y
   uint8_t step_outputs = 1;     // how many outputs are x' (one behind another); 1 or 2
   bool step_direction = false;  // then the direction is an output

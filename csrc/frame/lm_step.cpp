@@ -12,7 +12,7 @@ namespace {
 using MaybeTensor = std::optional<Tensor>;
 constexpr const char* kOp = "lm_step";
 
-enum Wanted : int64_t { kDirection = 1, kStateDirection = 2, kConverted = 4, kDoubled = 8 };
+enum Wanted : int64_t { kDirection = 1, kStateDirection = 2, kConverted = 4, kDoubled = 8, kGuided = 16 };
 
 // Of those that the host knows; κ and λ count only where a direction of before is there.
 void check_scalars(const FrameLauncher& launcher, int64_t variant) {
@@ -37,7 +37,10 @@ void check_form(const std::vector<Tensor>& outputs, const MaybeTensor& prev, con
   }
   if (variant != kKeepNorm && variant != kExtrapolate && variant != kSnr)
     value_error(kOp, "variant", "be 0, 2 or 3", variant);
-  if (wanted < 0 || wanted > 15 || (wanted & 3) == 3) value_error(kOp, "wanted", "be a sum of 1 or 2, 4 and 8", wanted);
+  if (wanted < 0 || wanted > 31 || (wanted & 3) == 3)
+    value_error(kOp, "wanted", "be a sum of 1 or 2, 4, 8 and 16", wanted);
+  if ((wanted & kGuided) != 0 && outputs.size() < 2)
+    value_error(kOp, "outputs", "hold two tensors of a guided model", outputs.size());
   if ((wanted & kConverted) != 0 && !clipped) value_error(kOp, "wanted", "ask for y of a clipped step alone", wanted);
   if ((wanted & kDoubled) != 0 && batch_dims != 1) value_error(kOp, "doubled", "come with batch_dims=1", batch_dims);
   if (variant == kSnr && prev.has_value() == seed.has_value())
@@ -70,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> lm_step(const Tensor& sample, const std::vect
   call.mode = static_cast<int>(variant);
   call.sources = 1 + static_cast<int>(outputs.size());
   call.clipped = clipped;
+  call.guided = (wanted & kGuided) != 0;
   launcher.add_state();
   for (size_t j = 0; j < outputs.size(); ++j) launcher.add("outputs", outputs[j], static_cast<int>(j));
   const DType model = launcher.dtype_of(outputs.empty() ? 0 : 1);

@@ -8,7 +8,8 @@
 //   x' = a + w·LM(e; p) = a + w(c0 e + c1 r)         y is row 3
 //
 // Where a sample does not look at p (κ = 0, w = 0, no p) LM(e) = e goes into row 2, whose numbers then are A + w·D.
-// A number that is exactly 0 leaves its vector unread.
+// A number that is exactly 0 leaves its vector unread. Where the call is guided s_1 stands for s_1 − s_2, the two outputs
+// of a guided model: their difference keeps digits that a difference of large multiples would lose.
 //
 // Parameters: first, second, w, A_0 …, D_0 …, [A_ξ, D_ξ], [A_y, D_y, bound, Y_0 …]; first and second are (λ, κ), (γ, –)
 // or, in the variant snr, (r, T).
@@ -26,7 +27,7 @@ constexpr int kSnr = 3;  // beside the modes of lm_direction
 // Vectors of a step: sources, p (if there is one), then drawn noise; where the noise is p it stands there itself.
 struct StepShape {
   int sources;
-  bool has_prev, noisy, clipped;
+  bool has_prev, noisy, clipped, guided;
 
   MQ_MAP int prev() const { return sources; }
   MQ_MAP int noise() const { return sources + (has_prev ? 1 : 0); }
@@ -43,8 +44,8 @@ struct StepShape {
 
 MQ_MAP StepShape step_shape(const FrameCall& call) {
   const bool drawn = call.seed != nullptr;
-  if (call.mode == kSnr) return {call.sources, true, false, call.clipped};
-  return {call.sources, call.streams > call.sources, drawn, call.clipped};
+  if (call.mode == kSnr) return {call.sources, true, false, call.clipped, call.guided};
+  return {call.sources, call.streams > call.sources, drawn, call.clipped, call.guided};
 }
 
 // Whether this sample looks at p. The last parameter of the LM rule brings it in.
@@ -83,6 +84,7 @@ MQ_MAP uint32_t step_vectors(const FrameCall& call, const double* p, bool output
                       (needs_y && p[s.y(j)] != 0.0);
     if (used) mask |= 1u << j;
   }
+  if (s.guided && (mask & 2u) != 0u) mask |= 4u;
   if (s.noisy) {
     const bool used = (outputs && step_base(s, p, s.sources, reads) != 0.0) || (direction && p[s.d_noise()] != 0.0);
     if (used) mask |= 1u << s.noise();

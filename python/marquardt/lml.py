@@ -106,7 +106,7 @@ def lml_ddim_step(
         if recipe is not None:
             outputs = [model_output] if guidance is None else [model_output, guidance[0]]
             new, direction, _ = recipe.run(op, sample, outputs, prev_eps, doubled, batch_dims)
-            return new, direction if recipe.wanted else model_output
+            return new, direction if recipe.wanted & DIRECTION else model_output
     variant, rule, prev = lm_rule(op, prev_eps, "prev_eps", damping, kappa, extrapolation)
     one_of(op, "prediction_type", prediction_type, numbers.PREDICTIONS)
     _check_alphas(op, alpha_bar, alpha_bar_next, prediction_type, use_clipped_output)
@@ -202,7 +202,7 @@ def lml_flow_step(
         if recipe is not None:
             outputs = [velocity] if guidance is None else [velocity, guidance[0]]
             made, direction, _ = recipe.run(op, sample, outputs, prev_velocity, doubled, batch_dims)
-            return made, direction if recipe.wanted else velocity
+            return made, direction if recipe.wanted & DIRECTION else velocity
     variant, rule, prev = lm_rule(op, prev_velocity, "prev_velocity", damping, kappa, extrapolation)
     uncond, scale = guided(op, guidance)
     on_x, weight, heat = _flow_numbers(op, dt, sigma, sigma_next, stochastic)

@@ -77,9 +77,9 @@ def add_output(
     if uncond is None:
         step.add(name, t, a, d, y)
         return
+    step.guided = True  # uncond + scale·(t − uncond)
     step.add(name, t, a * scale, d * scale, y * scale)
-    rest = 1.0 - scale
-    step.add("guidance[0]", uncond, a * rest, d * rest, y * rest)
+    step.add("guidance[0]", uncond, a, d, y)
 
 
 def add_noise(step: Step, scale: Scalar, noise: Tensor | None, generator: Generator, seed: Any) -> None:

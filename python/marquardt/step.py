@@ -22,6 +22,7 @@ from .reference.lml import (
     DIRECTION,
     DOUBLED,
     EXTRAPOLATE,
+    GUIDED,
     KEEP_NORM,
     SNR,
     STATE_DIRECTION,
@@ -46,8 +47,10 @@ def _check_form(
         raise errors.value(op, "outputs", f"hold at most {MAX_OUTPUTS} tensors", len(outputs))
     if variant not in (KEEP_NORM, EXTRAPOLATE, SNR):
         raise errors.value(op, "variant", "be 0, 2 or 3", variant)
-    if not 0 <= wanted <= 15 or wanted & 3 == 3:
-        raise errors.value(op, "wanted", "be a sum of 1 or 2, 4 and 8", wanted)
+    if not 0 <= wanted <= 31 or wanted & 3 == 3:
+        raise errors.value(op, "wanted", "be a sum of 1 or 2, 4, 8 and 16", wanted)
+    if wanted & GUIDED and len(outputs) < 2:
+        raise errors.value(op, "outputs", "hold two tensors of a guided model", len(outputs))
     if wanted & CONVERTED and not clipped:
         raise errors.value(op, "wanted", "ask for y of a clipped step alone", wanted)
     if wanted & DOUBLED and batch_dims != 1:
@@ -203,6 +206,7 @@ class Step:
     on_y: list[Scalar] = field(default_factory=list)
     active: Tensor | None = None
     name: str = "sample"
+    guided: bool = False  # the first output is taken as its residual against the second
     key: tuple[Any, ...] | None = None  # under which its numbers may be kept
 
     def add(self, name: str, t: Tensor, a: Scalar, d: Scalar, y: Scalar = 0.0) -> None:
@@ -232,6 +236,8 @@ class Step:
         """The step itself; errors in the words of the public function."""
         if not isinstance(self.sample, Tensor):
             raise errors.kind(self.op, self.name, "be a tensor", type(self.sample).__name__)
+        if self.guided:
+            wanted |= GUIDED
         apart = doubled and _functorch_active()  # a mapped dimension stands before the doubled one
         if doubled and not apart:
             wanted |= DOUBLED

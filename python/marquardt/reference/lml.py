@@ -9,7 +9,7 @@ One form holds them all. With sources s_0 = sample, s_1 … = outputs (of the mo
 
 LM is the Levenberg–Marquardt–Langevin direction of `lm_direction`; without p, at κ = 0 (γ = 0) or at w = 0 it is e
 itself, and p is not looked at. In the variant SNR it is h·e + √(2hT)·p with h = 2(r‖p‖/‖e‖)², where p is the noise.
-A coefficient that is exactly 0 leaves its tensor unread, whatever it holds.
+A coefficient that is exactly 0 leaves its tensor unread, whatever it holds. In a guided step s_1 stands for s_1 − s_2.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ Tensor = torch.Tensor
 KEEP_NORM, EXTRAPOLATE, SNR = hessian.KEEP_NORM, hessian.EXTRAPOLATE, 3
 # What is wanted beside x': the direction in the dtype of the model or of the state, y, and x' a second time behind it.
 DIRECTION, STATE_DIRECTION, CONVERTED, DOUBLED = 1, 2, 4, 8
+# And how the outputs are taken: the first as its residual against the second.
+GUIDED = 16
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def lm_step(
     skip = not _asks_gradient(coef)
     at = Columns(1 + len(outputs), seed is not None and variant != SNR, clipped)
     rows = [x, *(frame.flatten(t, batch_dims).to(x.dtype) for t in outputs)]
+    if wanted & GUIDED:
+        rows[1] = rows[1] - rows[2]
     on_a, on_d = c[:, at.a], c[:, at.d]
     p = None if prev is None else frame.flatten(prev, batch_dims).to(x.dtype)
     if seed is not None:
