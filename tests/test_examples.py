@@ -100,3 +100,49 @@ class TestSecondOrderLangevin:
         kept = {name: (run.rho, run.ess) for name, run in found.items()}
         example.draw(curvatures, kept, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+class TestMixture:
+    """LML on DDIM and on DPM-Solver where the exact flow is known."""
+
+    @pytest.fixture(scope="class")
+    def mixture(self):
+        return load("lml_mixture")
+
+    @pytest.fixture(scope="class")
+    def found(self, mixture):
+        """{sampler: errors at 5 and 10 steps}, 8 Gaussians in 16 dimensions."""
+        generator = torch.Generator().manual_seed(3)
+        means = torch.randn(8, 16, generator=generator, dtype=torch.float64)
+        noise = torch.randn(256, 16, generator=generator, dtype=torch.float64)
+        return mixture.errors(mixture.Mixture(means, 0.3), noise, [5, 10], fine=499)
+
+    def test_the_model_is_the_score_of_the_mixture(self, mixture):
+        means = torch.tensor([[0.5, -1.0, 0.3], [1.5, 0.2, 0.0]], dtype=torch.float64)
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        alpha_bar, width = 0.6, 0.4
+        variance = alpha_bar * width**2 + 1 - alpha_bar
+        away = (x[:, None] - alpha_bar**0.5 * means).square().sum(2)
+        density = torch.logsumexp(-away / (2 * variance), 1).sum()
+        (score,) = torch.autograd.grad(density, x)
+        eps = mixture.Mixture(means, width).eps(x.detach(), alpha_bar)
+        assert torch.allclose(eps, -((1 - alpha_bar) ** 0.5) * score, rtol=1e-12)
+
+    def test_dpm_of_order_one_is_ddim(self, mixture):
+        alpha_bars = mixture.schedule()[torch.tensor([999, 600, 300, 0])].tolist()
+        model = mixture.Mixture(torch.ones(2, 5, dtype=torch.float64), 0.5)
+        x = torch.randn(3, 5, dtype=torch.float64)
+        a, b = mixture.ddim(model, x, alpha_bars), mixture.dpm(model, x, alpha_bars)
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+    def test_which_way_each_sampler_goes(self, found):
+        """LML-DPM gains on DDIM with γ > 0; LML-DDIM loses, and gains with γ < 0."""
+        plain = found["DDIM"]
+        for i in range(2):
+            assert found["LML-DPM, γ = 0.5"][i] < 0.95 * plain[i]
+            assert found["LML-DDIM, γ = 0.3"][i] > plain[i] > found["LML-DDIM, γ = −0.3"][i]
+
+    def test_picture(self, mixture, found, tmp_path):
+        pytest.importorskip("matplotlib")
+        mixture.draw([5, 10], found, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
