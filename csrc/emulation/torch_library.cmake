@@ -5,8 +5,8 @@ if(NOT EXISTS "${MARQUARDT_TORCH_DIR}/include/torch/csrc/stable/library.h")
 endif()
 
 file(GLOB torch_library_sources CONFIGURE_DEPENDS "${MARQUARDT_CSRC}/core/*.cpp" "${MARQUARDT_CSRC}/frame/*.cpp"
-     "${MARQUARDT_CSRC}/library/*.cpp")
-list(FILTER torch_library_sources EXCLUDE REGEX "/frame/(cpu[^/]*|cuda_plan)\\.cpp$") # the plan is among the objects
+     "${MARQUARDT_CSRC}/library/*.cpp" "${MARQUARDT_CSRC}/select/*.cpp")
+list(FILTER torch_library_sources EXCLUDE REGEX "/(frame|select)/(cpu[^/]*|cuda_plan)\\.cpp$") # the plan is among the objects
 add_library(marquardt_emulated MODULE EXCLUDE_FROM_ALL limits.cpp ${torch_library_sources}
             $<TARGET_OBJECTS:frame_objects_plain> $<TARGET_OBJECTS:machine_objects_plain>)
 emulation_configure(marquardt_emulated plain)

@@ -6,7 +6,7 @@ gradients of every kind. See the README for a first example.
 
 from __future__ import annotations
 
-from . import backends, reference
+from . import backends, reference, samplers
 from .backends import Explanation, explain, use_backend
 from .dynamics import langevin_step, underdamped_langevin_step
 from .gauss_newton import damped_gram_solve, softmax_head_hvp
@@ -16,6 +16,7 @@ from .lml import lml_ddim_step, lml_flow_step
 from .lml_dpm import lml_dpm_step
 from .lowrank import lowrank_inv_sqrt, lowrank_logdet, lowrank_matvec, lowrank_solve, lowrank_update
 from .lowrank_hessian import LowRankHessian, update_damping
+from .threshold import dynamic_threshold
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "affine_step",
     "backends",
     "damped_gram_solve",
+    "dynamic_threshold",
     "explain",
     "langevin_step",
     "lm_direction",
@@ -38,6 +40,7 @@ __all__ = [
     "lowrank_solve",
     "lowrank_update",
     "reference",
+    "samplers",
     "softmax_head_hvp",
     "underdamped_langevin_step",
     "update_damping",

@@ -93,7 +93,7 @@ class Op:
         """
         self.name, self.arguments = parse_schema(schema)
         self.reference, self.fake, self.check = reference, fake, check
-        self.backward = backward or functools.partial(_backward_of_reference, self)
+        self.backward = backward or functools.partial(backward_of_reference, self)
         self.jvp = jvp or functools.partial(_jvp_of_reference, self)
         self.has_out, self.returns_scalars = out, returns_scalars
         kinds = [a.kind for a in self.arguments]
@@ -368,9 +368,7 @@ def _on_tensors(op: Op, args: Sequence[Any]) -> tuple[Callable[..., Any], list[A
     return function, [flat[i] for i in positions], positions
 
 
-def _backward_of_reference(
-    op: Op, call: Any, grads: Sequence[Any], needs: Any, *args: Any
-) -> tuple[Any, ...]:
+def backward_of_reference(op: Op, call: Any, grads: Sequence[Any], needs: Any, *args: Any) -> tuple[Any, ...]:
     """Gradients of the definition itself; differentiable again, to any order."""
     function, tensors, positions = _on_tensors(op, args)
     outputs, pullback = _vjp(function, *tensors)

@@ -69,8 +69,10 @@ def lml_ddim_step(
         model_output: g, like `sample`, in its dtype or a narrower one.
         prev_eps: the second result of the step before.
         alpha_bar, alpha_bar_next: numbers, 0-dim tensors or [B]: every sample may stand at a time of its own.
-        damping, kappa, extrapolation: as in `lm_direction`. ‖ε‖² is about the number of elements of a sample, so
-            κ‖ε‖² ≫ damping leaves a step orthogonal to ε (a warning says so once); `extrapolation` has no such scale.
+        damping, kappa, extrapolation: as in `lm_direction`. Only the part of the step behind √ᾱ' x₀ is bent, and ε
+            counts in x₀ with the other sign: a step that looks ahead, as `lml_dpm_step` does with γ > 0, wants a
+            small γ < 0 here (examples/lml_mixture.py). ‖ε‖² is about the number of elements of a sample, so κ‖ε‖² ≫
+            damping leaves a step orthogonal to ε (a warning says so once); `extrapolation` has no such scale.
         eta: η ≥ 0; prediction_type: "epsilon", "sample" or "v_prediction".
         clip: x₀ is held within ±clip; ε is not computed anew unless `use_clipped_output`.
         threshold: (ratio, maximum) of `dynamic_threshold`, in place of clip.

@@ -239,7 +239,8 @@ def _add_raw(
     eps, x0 = numbers.converted(prediction, numbers.wide(alpha), numbers.wide(sigma))
     on_data = algorithm.endswith("++")
     wanted, bounded = x0 if on_data else eps, clip is not None or threshold is not None
-    if not bounded and uncond is None and wanted == Pair(0.0, 1.0):
+    own = prediction == ("sample" if on_data else "epsilon")  # conversion is the identity
+    if own and not bounded and uncond is None:
         step.on_y = [0.0]
         step.add("outputs[0]", output, 0.0, d)
         return output

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import checks, errors, scalars
+from . import checks, declare, errors, scalars
 from .declare import Op
+from .hessian import BACKWARD as LM_BACKWARD
 from .layout import batch_and_size, empty_output, empty_twice
 from .reference import lml as reference
 from .reference.lml import (
@@ -114,12 +115,68 @@ def _fake(
     return new, direction, converted
 
 
+def _sum(call: Any, terms: Sequence[Tensor], columns: Sequence[Tensor], batch_dims: int) -> Tensor:
+    """Σ_j column_j·term_j, each column one of `coef`; a term with a 0 is left unread, as in the step itself."""
+    nil = torch.zeros_like(columns[0])
+    coef = torch.stack([nil, nil, nil, *columns, *[nil] * len(terms)], dim=-1)
+    made: Tensor = call(STEP, terms[0], list(terms[1:]), None, coef, None, KEEP_NORM, 0, False, batch_dims)[0]
+    return made
+
+
+def _backward(
+    call: Any, grads: Sequence[Any], needs: Any, sample: Tensor, outputs: Sequence[Tensor], prev: Tensor | None,
+    coef: Tensor, seed: Any, variant: int, wanted: int, clipped: bool, batch_dims: int,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Sums of the gradients and that of the direction, each a pass; else the derivative of the definition: for clipped
+    steps, the signal-to-noise rule, and gradients to the numbers."""
+    args = (sample, outputs, prev, coef, seed, variant, wanted, clipped, batch_dims)
+    if clipped or variant == SNR or needs[3]:
+        return declare.backward_of_reference(STEP, call, grads, needs, *args)
+    new, direction = grads[0], grads[1] if wanted & (DIRECTION | STATE_DIRECTION) else None
+    if new is None and direction is None:
+        return (None,) * len(args)
+    at = Columns(1 + len(outputs), seed is not None, False)
+    column = [coef[..., i] for i in range(at.d.stop)]
+    on_a, on_d, weight = column[at.a], column[at.d], column[2]
+    new = torch.zeros_like(sample) if new is None else new
+    if wanted & DOUBLED:
+        new = new[: sample.shape[0]] + new[sample.shape[0] :]
+
+    bent, d_prev = new, None  # what reaches the direction, before its weight
+    if prev is not None:
+        e = call(
+            STEP,
+            sample,
+            outputs,
+            None,
+            coef,
+            seed,
+            variant,
+            wanted & GUIDED | STATE_DIRECTION,
+            False,
+            batch_dims,
+        )[1]
+        rule = coef[..., :1] if variant == EXTRAPOLATE else coef[..., :2]
+        bent, d_prev, _ = call(LM_BACKWARD, new, e, prev, rule, variant, batch_dims)
+        d_prev = _sum(call, [d_prev], [weight], batch_dims).to(prev.dtype) if needs[2] else None
+    terms = [new, bent] if direction is None else [new, bent, direction.to(new.dtype)]
+    sources = []
+    for a, d in zip(on_a, on_d, strict=True):
+        columns = [a, weight * d] if direction is None else [a, weight * d, d]
+        sources.append(_sum(call, terms, columns, batch_dims))
+    if wanted & GUIDED:  # the first output stands for a residual against the second
+        sources[2] = sources[2] - sources[1]
+    d_outputs = [d.to(t.dtype) for d, t in zip(sources[1:], outputs, strict=True)]
+    return sources[0], d_outputs, d_prev, *(None,) * 6
+
+
 STEP = Op(
     "lm_step(Tensor sample, Tensor[] outputs, Tensor? prev, Tensor coef, Tensor? seed, int variant, int wanted,"
     " bool clipped, int batch_dims) -> (Tensor, Tensor, Tensor)",
     reference=reference.lm_step,
     fake=_fake,
     check=check_step,
+    backward=_backward,
     public=(
         "lml_ddim_step",
         "lml_dpm_step",

@@ -17,10 +17,12 @@ from . import gauss_newton, hessian, langevin, lowrank
 from .gauss_newton import softmax_head_hvp
 from .noise import normal
 from .steps import langevin_step, lml_ddim_step, lml_dpm_step, lml_flow_step, underdamped_langevin_step
+from .threshold import dynamic_threshold
 
 __all__ = [
     "affine_step",
     "damped_gram_solve",
+    "dynamic_threshold",
     "langevin_step",
     "lm_direction",
     "lml_ddim_step",

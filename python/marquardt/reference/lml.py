@@ -135,12 +135,13 @@ def lm_step(
     new = frame.store(out, sample)
     if wanted & DOUBLED:
         new = torch.cat([new, new])
-    nothing = sample.new_empty((*sample.shape[:batch_dims], 0))
+    nothing = [sample.new_empty((*sample.shape[:batch_dims], 0)) for _ in range(2)]
     model = outputs[0].dtype if outputs else sample.dtype
-    direction = nothing
+    direction, converted = nothing
     if wanted & (DIRECTION | STATE_DIRECTION):
         direction = frame.store(e, sample, sample.dtype if wanted & STATE_DIRECTION else model)
-    converted = frame.store(y, sample, model) if y is not None and wanted & CONVERTED else nothing
+    if y is not None and wanted & CONVERTED:
+        converted = frame.store(y, sample, model)
     return new, direction, converted
 
 
