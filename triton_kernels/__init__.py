@@ -5,6 +5,7 @@ maps      the scalar maps of the ops, in float64 scalars
 rows      blocks of a sample's vectors: loads, residuals, dot products, stores
 kernels   the heavy stages with up to ten vectors in registers: Gram, apply
 generic   the same stages for any matrix: up to 18 vectors in, 17 out, prologue, clamp
+step      the step of samplers, with its kernels; step_terms: its rows, made in registers from up to six sources
 stack     Gram and apply over a stack of rows, in float64
 small     the k × k stage of the low-rank Hessian: signed LDLᵀ, products, solves, determinants
 spectrum  its eigenproblems, by torch.linalg: inverse roots, the update

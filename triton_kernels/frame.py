@@ -1,6 +1,6 @@
 """Entry points of the frame engine, T ↦ C(T Tᵀ)·T per sample, with the schemas of `marquardt::*`.
 
-Those of the low-rank Hessian are in lowrank.py.
+Those of the low-rank Hessian are in lowrank.py, that of the steps of samplers in step.py.
 
 `coef` is float64: [m] on the CPU, shared by the batch, or [B, m] beside the data. Samples lie behind the first
 `batch_dims` (0 or 1) dimensions. Arguments are taken as checked by the public functions.
@@ -19,6 +19,7 @@ from .kernels import apply_kernel, gram_kernel, merge_kernel
 from .launch import FrameConfig, Scalars
 from .layout import Layout
 from .lowrank import lowrank_apply, lowrank_logdet, lowrank_logdet_vjp, lowrank_update, lowrank_vjp
+from .step import lm_step
 
 Tensor = torch.Tensor
 
@@ -31,6 +32,7 @@ __all__ = [
     "lm_direction",
     "lm_direction_backward",
     "lm_direction_jvp",
+    "lm_step",
     "lowrank_apply",
     "lowrank_logdet",
     "lowrank_logdet_vjp",
@@ -59,21 +61,6 @@ GRAM_ENTRIES = {
 PRODUCTS = tl.float64
 
 
-def _noise(seed: Tensor | None, layout: Layout) -> tuple[Tensor | None, int, dict[str, bool]]:
-    """(seed, its batch stride, the compile-time flags of the noise row)."""
-    if seed is None:
-        return None, 0, {"NOISE": False, "SHARED_NOISE": False, "PHASE": False}
-    seed = seed.contiguous()
-    shared = seed.dim() == 1
-    phase = shared and layout.batch > 1 and layout.size % 4 != 0
-    return seed, 0 if shared else 2, {"NOISE": True, "SHARED_NOISE": shared, "PHASE": phase}
-
-
-def _span(layout: Layout, flags: dict[str, bool]) -> int:
-    """Elements to walk per sample: three more where blocks start ahead of the sample."""
-    return layout.size + (3 if flags["PHASE"] else 0)
-
-
 def _gram(
     layout: Layout,
     config: FrameConfig,
@@ -88,7 +75,7 @@ def _gram(
 ) -> Tensor:
     """Partial sums [B, splits, entries] float64."""
     tensors, strides = layout.streams(streams)
-    seed, seed_row, flags = _noise(seed, layout)
+    seed, seed_row, flags = launch.noise(seed, layout)
     shape = (layout.batch, config.splits, len(entries) // 2)
     partials = torch.empty(shape, dtype=torch.float64, device=tensors[0].device)
     with launch.on(tensors[0].device):
@@ -116,7 +103,7 @@ def _apply(
 ) -> None:
     """Write the outputs, and the per-sample scalars `extra` [B, m]; without `partials` the kernel takes the Gram."""
     tensors, strides = layout.streams(streams)
-    seed, seed_row, flags = _noise(seed, layout)
+    seed, seed_row, flags = launch.noise(seed, layout)
     with launch.on(tensors[0].device):
         apply_kernel[(layout.batch * config.splits,)](
             tensors, strides, tuple(outputs), extra, seed, seed_row, partials, layout.size, config.chunk,
@@ -238,7 +225,7 @@ def _affine(
         layout = Layout((count,), 0, 1, count, (1,), (1,))
     double = streams[0].dtype == torch.float64
     vectors = len(streams) + len(outputs) + (2 if seed is not None else 0)
-    span = _span(layout, _noise(seed, layout)[2])
+    span = launch.span(layout, launch.noise(seed, layout)[2])
     config = launch.choose(span, vectors, gram=False, double=double)
     _apply(layout, config, streams, outputs, Scalars.of(coef, streams[0].device), seed)
 
@@ -270,7 +257,7 @@ def affine_step_backward(
     d_coef = torch.zeros((layout.batch, rows - 1), dtype=torch.float64, device=grad.device)
     if grad.numel() > 0:
         entries = tuple(i for j in range(1, rows) for i in (0, j))
-        span = _span(layout, _noise(seed, layout)[2])
+        span = launch.span(layout, launch.noise(seed, layout)[2])
         config = launch.choose(span, rows + len(terms), gram=True, double=grad.dtype == torch.float64)
         no_scalars = Scalars(0, None, 0, 0, (0,) * launch.HOST_SCALARS)
         partials = _gram(

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from .layout import Layout
+
 Tensor = torch.Tensor
 
 # Largest sample that one program takes through Gram and apply in one launch.
 FUSED_SIZE = 16384
 # Most chunks of a sample: every apply program adds up that many partial sums.
 MOST_SPLITS = 256
-# Host scalars of the kernels (k0 ... k9).
+# Host scalars of the frame kernels (k0 ... k9).
 HOST_SCALARS = 10
 
 
@@ -104,22 +106,22 @@ class Scalars:
     patterns: tuple[int, ...]
 
     @staticmethod
-    def of(coef: Tensor, device: torch.device) -> Scalars:
+    def of(coef: Tensor, device: torch.device, most: int = HOST_SCALARS) -> Scalars:
         """[m] on the host is passed by value (no copy, no synchronisation), else the device table is read.
 
-        A [B, m] table on the CPU belongs to data on the CPU (the interpreter).
+        A [B, m] table on the CPU belongs to data on the CPU (the interpreter). `most`: the values a kernel takes.
         """
-        if coef.dim() == 1 and coef.device.type == "cpu" and coef.shape[0] <= HOST_SCALARS:
+        if coef.dim() == 1 and coef.device.type == "cpu" and coef.shape[0] <= most:
             values = coef.tolist()
-            patterns = tuple(bits(v) for v in values) + (0,) * (HOST_SCALARS - len(values))
+            patterns = tuple(bits(v) for v in values) + (0,) * (most - len(values))
             return Scalars(len(values), None, 0, 0, patterns)
         table = to_device(coef, device)
         row = table.stride(0) if table.dim() == 2 else 0
-        return Scalars(table.shape[-1], table, row, table.stride(-1), (0,) * HOST_SCALARS)
+        return Scalars(table.shape[-1], table, row, table.stride(-1), (0,) * most)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """table, table_row, table_column, k0 ... k9 of the kernels."""
+        """table, table_row, table_column, k0, k1, ... of the kernels."""
         return (self.table, self.row, self.column, *self.patterns)
 
 
@@ -131,6 +133,21 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and t.device.type == "cpu":
         return t.pin_memory().to(device, non_blocking=True)
     return t.to(device)
+
+
+def noise(seed: Tensor | None, layout: Layout) -> tuple[Tensor | None, int, dict[str, bool]]:
+    """(seed, its batch stride, the compile-time flags of the noise row)."""
+    if seed is None:
+        return None, 0, {"NOISE": False, "SHARED_NOISE": False, "PHASE": False}
+    seed = seed.contiguous()
+    shared = seed.dim() == 1
+    phase = shared and layout.batch > 1 and layout.size % 4 != 0
+    return seed, 0 if shared else 2, {"NOISE": True, "SHARED_NOISE": shared, "PHASE": phase}
+
+
+def span(layout: Layout, flags: dict[str, bool]) -> int:
+    """Elements to walk per sample: three more where blocks start ahead of the sample."""
+    return layout.size + (3 if flags["PHASE"] else 0)
 
 
 def compute_type(first: Tensor) -> tl.dtype:

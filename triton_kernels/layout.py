@@ -53,6 +53,14 @@ def stack_strides(first: Tensor, count: int, batch_dims: int) -> tuple[tuple[int
     return (first.shape[0], count, *shape), (max(count * size, 1), size, *inner)
 
 
+def twice_strides(first: Tensor) -> tuple[int, ...]:
+    """Strides of a batch [2B, *sample]: laid out like `first` where its samples lie in a row, else contiguous."""
+    size = math.prod(first.shape[1:])
+    if first.numel() > 0 and is_dense(first) and (first.shape[0] == 1 or first.stride(0) == size):
+        return (size, *first.stride()[1:])
+    return contiguous_strides((2 * first.shape[0], *first.shape[1:]))
+
+
 def same_order(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether strides a and b address `shape` alike (strides of dimensions of length 1 do not count)."""
     return all(n == 1 or s == t for n, s, t in zip(shape, a, b))
@@ -90,6 +98,12 @@ class Layout:
         inner = stack_strides(first, 1, batch_dims)[1]
         inner = (size, *inner[2:]) if batch_dims else inner[1:]
         return Layout(shape, batch_dims, shape[0] if batch_dims else 1, size, inner, inner)
+
+    def twice(self, first: Tensor) -> Layout:
+        """The layout of outputs [2B, *sample]: two batches, one behind the other."""
+        shape = (2 * self.batch, *self.shape[1:])
+        inner = (max(self.size, 1), *self.inner[1:])
+        return Layout(shape, 1, 2 * self.batch, self.size, twice_strides(first), inner)
 
     def stream(self, t: Tensor) -> tuple[Tensor, int]:
         """(t, its batch stride), copied only if its samples lie in another order."""

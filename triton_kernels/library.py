@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import layout
+from . import layout, step
 
 Tensor = torch.Tensor
 NAMESPACE = "marquardt_triton"
@@ -20,6 +20,8 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "lm_direction_jvp(Tensor eps, Tensor prev, Tensor coef, Tensor eps_t, Tensor prev_t, Tensor coef_t, int mode,"
     " int batch_dims) -> Tensor",
+    "lm_step(Tensor sample, Tensor[] outputs, Tensor? prev, Tensor coef, Tensor? seed, int variant, int wanted,"
+    " bool clipped, int batch_dims) -> (Tensor, Tensor, Tensor)",
     "affine_step(Tensor[] terms, Tensor coef, Tensor? seed, int batch_dims) -> Tensor",
     "affine_step_backward(Tensor grad, Tensor[] terms, Tensor coef, Tensor? seed, bool want_terms, bool want_coef,"
     " int batch_dims) -> (Tensor[], Tensor)",
@@ -51,6 +53,23 @@ def _scalars(first: Tensor, *shape: int) -> Tensor:
 
 def _batch(first: Tensor, batch_dims: int) -> int:
     return first.shape[0] if batch_dims else 1
+
+
+def _fake_step(
+    sample: Tensor, outputs: Any, prev: Tensor | None, coef: Tensor, seed: Tensor | None, variant: int, wanted: int,
+    clipped: bool, batch_dims: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    model = outputs[0].dtype if outputs else sample.dtype
+    new = _like(sample)
+    if wanted & step.DOUBLED:
+        shape = (2 * sample.shape[0], *sample.shape[1:])
+        new = sample.new_empty_strided(shape, layout.twice_strides(sample))
+    direction, converted = (sample.new_empty((*sample.shape[:batch_dims], 0)) for _ in range(2))
+    if wanted & (step.DIRECTION | step.STATE_DIRECTION):
+        direction = _like(sample, sample.dtype if wanted & step.STATE_DIRECTION else model)
+    if wanted & step.CONVERTED:
+        converted = _like(sample, model)
+    return new, direction, converted
 
 
 def _fake_affine_backward(
@@ -102,6 +121,7 @@ FAKES = {
         _scalars(eps, _batch(eps, batch_dims), coef.shape[-1]),
     ),
     "lm_direction_jvp": lambda eps, *rest: _like(eps),
+    "lm_step": _fake_step,
     "affine_step": lambda terms, coef, seed, batch_dims: _like(terms[0]),
     "affine_step_backward": _fake_affine_backward,
     "frame_gram": _fake_gram,

@@ -17,6 +17,7 @@ import triton.language as tl
 KEEP_NORM = tl.constexpr(0)
 PLAIN = tl.constexpr(1)
 EXTRAPOLATE = tl.constexpr(2)
+SNR = tl.constexpr(3)  # of steps alone
 
 # ops
 AFFINE = tl.constexpr(0)
@@ -72,6 +73,14 @@ def lm_value(MODE: tl.constexpr, n, e, R, a, b):
         c0 = tl.where(bad, float("nan"), c0)
         c1 = tl.where(bad, float("nan"), c1)
     return c0, c1
+
+
+@triton.jit
+def snr_value(n, R, ratio, temperature):
+    """(h, √(2hT)) with h = 2(ratio·‖ξ‖/‖e‖)², n = ⟨e,e⟩, R = ⟨ξ,ξ⟩; 0 where e = 0."""
+    empty = n == 0
+    h = tl.where(empty, 0.0, 2.0 * ratio * ratio * R / tl.where(empty, 1.0, n))
+    return h, tl.sqrt(2.0 * h * temperature)
 
 
 @triton.jit

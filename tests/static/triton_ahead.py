@@ -45,6 +45,9 @@ QUICK = [
     "lowrank-solve-4",
     "lowrank-vjp-4",
     "lowrank-logdet-4",
+    "step-2",
+    "step-6-all",
+    "step-fused",
 ]
 SLOW = [
     "direction-1",
@@ -70,6 +73,18 @@ SLOW = [
     "lowrank-logdet-16",
     "lowrank-logdet-vjp-4",
     "lowrank-logdet-vjp-16",
+    "step-1",
+    "step-2-plain",
+    "step-2-gamma",
+    "step-2-snr",
+    "step-2-table",
+    "step-2-ragged",
+    "step-2-bfloat16",
+    "step-2-float64",
+    "step-4-noise",
+    "step-6",
+    "step-6-float64",
+    "step-fused-6-all",
 ]
 
 # What the kernels promise (build_tools/promises.py), <case> in place of template arguments. A sample of D + 1 elements
@@ -103,6 +118,14 @@ SLOW = [
 # promise: small_kernel<lowrank-*-16> threads=64 ctas>=4
 # promise: table_kernel threads=32 ctas>=16 wide=- narrow=0
 # promise: map_kernel threads=32 ctas>=32 wide=-
+# promise: step_gram_kernel threads=256 ctas>=2 wide=LDG.128
+# promise: step_gram_kernel<step-2> ctas>=5
+# promise: step_gram_kernel<step-2-ragged> ctas>=4 wide=-
+# promise: step_kernel threads=256 ctas>=3 wide=LDG.128,STG.128
+# promise: step_kernel<step-2> ctas>=5
+# promise: step_kernel<step-2-ragged> ctas>=4 wide=-
+# promise: step_kernel<step-6-all> ctas>=2 ctas>=1@100
+# promise: step_kernel<step-fused*> threads=512 ctas>=1
 
 
 def calls(frame, torch):
@@ -143,7 +166,42 @@ def calls(frame, torch):
     table["apply-18"] = lambda: frame.frame_apply(data(16), many, square, bounds, seed, True, 1)
     table["map"] = lambda: frame.frame_map(2, 0, coef(10).reshape(2, 5), coef(4).reshape(2, 2))
     table.update(lowrank_calls(frame, data, coef, torch))
+    table.update(step_calls(frame, data, coef, seed, torch))
     return table
+
+
+def step_calls(frame, data, coef, seed, torch):
+    """The steps of samplers: by the number of sources; "all": guided, noise, clamp, and every output."""
+
+    def step(
+        sources, variant=0, size=D, dtype=torch.float32, model=None, prev=True, seed=None, full=False, rows=0
+    ):
+        (x,), outputs = data(1, size, dtype), data(sources - 1, size, model or dtype)
+        before = data(1, size, model or dtype)[0] if prev else None
+        count = (
+            3 + 2 * sources + (2 if seed is not None and variant != 3 else 0) + (3 + sources if full else 0)
+        )
+        numbers = coef(rows * count).reshape(rows, count) if rows else coef(count)
+        wanted = 1 + 4 + 8 + 16 if full else 2
+        return lambda: frame.lm_step(x, outputs, before, numbers, seed, variant, wanted, full, 1)
+
+    return {
+        "step-1": step(1),
+        "step-2": step(2),
+        "step-2-plain": step(2, prev=False),
+        "step-2-gamma": step(2, 2),
+        "step-2-snr": step(2, 3, prev=False, seed=seed),
+        "step-2-table": step(2, rows=2),
+        "step-2-ragged": step(2, size=D + 1),
+        "step-2-bfloat16": step(2, model=torch.bfloat16),
+        "step-2-float64": step(2, dtype=torch.float64),
+        "step-4-noise": step(4, seed=seed),
+        "step-6": step(6),
+        "step-6-float64": step(6, dtype=torch.float64),
+        "step-6-all": step(6, seed=seed, full=True),
+        "step-fused": step(2, size=4096),
+        "step-fused-6-all": step(6, size=4096, seed=seed, full=True),
+    }
 
 
 def lowrank_calls(frame, data, coef, torch):
