@@ -36,6 +36,9 @@ def available() -> tuple[bool, str]:
     return True, ""
 
 
+# Operators that have no kernel here: selection wants histograms in shared memory.
+WITHOUT = frozenset({"threshold_apply", "threshold_scale"})
+
 _EIGEN = (
     "Triton launches around a k x k eigenproblem of torch.linalg.eigh, which waits for the device: "
     "no CUDA graph can capture it"

@@ -94,6 +94,8 @@ def _why_not_triton(op: str, device: torch.device) -> str | None:
     fits, reason = triton_kernels.available()
     if not fits:
         return str(reason)
+    if op in triton_kernels.WITHOUT:
+        return f"there is no Triton kernel of {op}"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cuda" or (device.type == "cpu" and interpreted):
         return None
@@ -235,8 +237,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _draws_noise(kwargs: dict[str, Any]) -> bool:
-    scale = kwargs.get("noise_scale", 0.0)
+_ALWAYS_NOISY = ("langevin_step", "underdamped_langevin_step")
+
+
+def _draws_noise(public: str, kwargs: dict[str, Any]) -> bool:
+    scale = kwargs.get("noise_scale", kwargs.get("eta", 1.0 if public in _ALWAYS_NOISY else 0.0))
+    scale = 1.0 if str(kwargs.get("algorithm", "")).startswith("sde") or kwargs.get("stochastic") else scale
     drawn = isinstance(scale, Tensor) or scale != 0 or kwargs.get("seed") is not None
     return (drawn or kwargs.get("generator") is not None) and kwargs.get("noise") is None
 
@@ -305,7 +311,9 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     candidates = [forced()] if forced() else PREFERENCE.get(first.device.type, _ELSEWHERE)
     backend = next((n for n in candidates if n and why[n] is None), None)
     copies = (
-        _copies(tensors, kwargs.get("batch_dims", 1), _draws_noise(kwargs)) if backend != "reference" else ()
+        _copies(tensors, kwargs.get("batch_dims", 1), _draws_noise(public, kwargs))
+        if backend != "reference"
+        else ()
     )
     plan = None
     if backend == "cuda" or (backend == "cpu" and _native.emulated()):
@@ -323,8 +331,9 @@ def _plan(op: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     function = op if callable(op) else getattr(marquardt, name)
     kwargs = {k: v for k, v in kwargs.items() if k != "out"}
-    if _draws_noise(kwargs) and kwargs.get("seed") is None:  # no generator may move
-        state = args[0][0] if args else kwargs["terms"][0]
+    if _draws_noise(name, kwargs) and kwargs.get("seed") is None:  # no generator may move
+        state = args[0] if args else next(iter(kwargs.values()))
+        state = state[0] if isinstance(state, (list, tuple)) else state
         listed = isinstance(kwargs.pop("generator", None), (list, tuple))
         shape = (state.shape[0], 2) if listed else (2,)
         kwargs["seed"] = torch.zeros(shape, dtype=torch.int64, device=state.device)
