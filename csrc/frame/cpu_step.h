@@ -111,6 +111,7 @@ void step_apply_of(const StepTerms<T>& terms, T c0, T c1, T* out, T* copy, T* di
   }
   const auto sweep = [&](auto put) {
     for (; i + kStep <= n; i += kStep) {
+      prefetch_rows<N + 1, kBytes>(rows, i);
       Vec<T> e;
       const Vec<T> x = combine(rows, i, e);
       put(out + i, x);

@@ -10,6 +10,7 @@ import torch
 from . import checks, errors, scalars
 from . import lml_coefficients as numbers
 from .langevin import AFFINE, affine_step
+from .lml_common import on_host, scalar, state_like
 from .lowrank import lowrank_inv_sqrt, lowrank_solve
 from .lowrank_hessian import LowRankHessian
 from .noise import Generator, draw_seed
@@ -23,8 +24,9 @@ SCHEMES = ("baoab", "obabo", "euler")
 
 
 def _at_least_zero(op: str, name: str, value: Any) -> None:
-    if isinstance(value, (float, int)) and not (value >= 0 and math.isfinite(value)):
-        raise errors.value(op, name, "be finite and >= 0", value)
+    for known in on_host(value):
+        if not (known >= 0 and math.isfinite(known)):
+            raise errors.value(op, name, "be finite and >= 0", known)
 
 
 def _state(op: str, name: str, t: Any, batch_dims: int) -> None:
@@ -87,16 +89,17 @@ def langevin_step(
             op, "step", "be given, or snr, and not both", "both" if snr is not None else "neither"
         )
     _one_source(op, noise, generator, seed)
-    _at_least_zero(op, "temperature", temperature)
+    _at_least_zero(op, "temperature", scalar(op, "temperature", temperature, x, batch_dims, "x"))
     if snr is not None:
-        _at_least_zero(op, "snr", snr)
+        _at_least_zero(op, "snr", scalar(op, "snr", snr, x, batch_dims, "x"))
         if hessian is not None:
             raise errors.value(op, "hessian", "come with step, not with snr", "both")
         made = _by_ratio(x, score, snr, temperature, noise, generator, seed, batch_dims)
         return made if out is None else _into(op, out, made, x, score, noise)
     assert step is not None
-    _at_least_zero(op, "step", step)
-    h, t = (float(v) if isinstance(v, int) else numbers.wide(v) for v in (step, temperature))
+    h = scalar(op, "step", step, x, batch_dims, "x")
+    _at_least_zero(op, "step", h)
+    t = scalar(op, "temperature", temperature, x, batch_dims, "x")
     scale: Scalar = 0.0 if _is_zero(h) or _is_zero(t) else numbers.root(2.0 * h * t)
     if hessian is not None:
         made = _preconditioned(x, score, h, scale, hessian, noise, generator, seed, batch_dims)
@@ -131,7 +134,7 @@ def _plain(
             made: Tensor = AFFINE.call(terms, coef, drawn, batch_dims)
             return made
         return AFFINE.to_out(out, terms, coef, drawn, batch_dims)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise rename(error, "affine_step", op, _PLAIN_NAMES) from None
 
 
@@ -141,7 +144,10 @@ def _by_ratio(
 ) -> Tensor:  # fmt: skip
     op = "langevin_step"
     _state(op, "x", x, batch_dims)
-    r, t = (float(v) if isinstance(v, int) else numbers.wide(v) for v in (snr, temperature))
+    r, t = (
+        scalar(op, "snr", snr, x, batch_dims, "x"),
+        scalar(op, "temperature", temperature, x, batch_dims, "x"),
+    )
     made = Step(
         op, x, batch_dims, [1.0], [0.0], variant=SNR, rule=(r, t), prev=noise, prev_name="noise", name="x"
     )
@@ -275,11 +281,13 @@ def underdamped_langevin_step(
         raise errors.value(op, "start", "come without finish", "both")
     if (start or finish) and scheme == "euler":
         raise errors.value(op, "scheme", "be baoab or obabo where start or finish is asked", repr(scheme))
-    for name, value in (("step", step), ("friction", friction), ("temperature", temperature)):
-        _at_least_zero(op, name, value)
     _one_source(op, noise, generator, seed)
     _state(op, "x", x, batch_dims)
-    h, gamma, t = (float(n) if isinstance(n, int) else numbers.wide(n) for n in (step, friction, temperature))
+    state_like(op, "v", v, x, "x")
+    named = (("step", step), ("friction", friction), ("temperature", temperature))
+    h, gamma, t = (scalar(op, name, value, x, batch_dims, "x") for name, value in named)
+    for (name, _), value in zip(named, (h, gamma, t), strict=True):
+        _at_least_zero(op, name, value)
     on_x, on_v = _closing(h) if finish else _underdamped(scheme, h, gamma, t, start)
     made = Step(op, x, batch_dims, [on_x[0]], [on_v[0]], weight=0.0, name="x")
     made.add("v", v, on_x[1], on_v[1])

@@ -20,7 +20,9 @@ from .lml_common import (
     checked_active,
     guided,
     key_of,
+    on_host,
     one_of,
+    scalar,
     scale_of_x0,
     warn_orthogonal,
     within,
@@ -109,12 +111,19 @@ def lml_ddim_step(
             outputs = [model_output] if guidance is None else [model_output, guidance[0]]
             new, direction, _ = recipe.run(op, sample, outputs, prev_eps, doubled, batch_dims)
             return new, direction if recipe.wanted & DIRECTION else model_output
+    alpha_bar, alpha_bar_next, damping, kappa, extrapolation, eta, clip = (
+        scalar(op, name, value, sample, batch_dims)
+        for name, value in (
+            ("alpha_bar", alpha_bar), ("alpha_bar_next", alpha_bar_next), ("damping", damping), ("kappa", kappa),
+            ("extrapolation", extrapolation), ("eta", eta), ("clip", clip),
+        )
+    )  # fmt: skip
     variant, rule, prev = lm_rule(op, prev_eps, "prev_eps", damping, kappa, extrapolation)
     one_of(op, "prediction_type", prediction_type, numbers.PREDICTIONS)
     _check_alphas(op, alpha_bar, alpha_bar_next, prediction_type, use_clipped_output)
     within(op, "eta", eta, 0.0, math.inf, "be >= 0")
     bounds(op, clip, threshold)
-    uncond, scale = guided(op, guidance)
+    uncond, scale = guided(op, guidance, sample, batch_dims)
     at = numbers.ddim(prediction_type, alpha_bar, alpha_bar_next, eta)
     bounded = clip is not None or threshold is not None
     if use_clipped_output and not bounded:
@@ -147,11 +156,11 @@ def lml_ddim_step(
 def _check_alphas(op: str, alpha_bar: Scalar, alpha_bar_next: Scalar, prediction: str, clipped: bool) -> None:
     within(op, "alpha_bar", alpha_bar, 0.0, 1.0, "lie in [0, 1]")
     within(op, "alpha_bar_next", alpha_bar_next, 0.0, 1.0, "lie in [0, 1]")
-    if isinstance(alpha_bar, (float, int)):
-        if prediction == "epsilon" and alpha_bar == 0:
-            raise errors.value(op, "alpha_bar", "be above 0 where the model predicts epsilon", alpha_bar)
-        if (prediction == "sample" or clipped) and alpha_bar == 1:
-            raise errors.value(op, "alpha_bar", "be below 1 where epsilon is made of x0", alpha_bar)
+    for known_bar in on_host(alpha_bar):
+        if prediction == "epsilon" and known_bar == 0:
+            raise errors.value(op, "alpha_bar", "be above 0 where the model predicts epsilon", known_bar)
+        if (prediction == "sample" or clipped) and known_bar == 1:
+            raise errors.value(op, "alpha_bar", "be below 1 where epsilon is made of x0", known_bar)
 
 
 def lml_flow_step(
@@ -205,8 +214,15 @@ def lml_flow_step(
             outputs = [velocity] if guidance is None else [velocity, guidance[0]]
             made, direction, _ = recipe.run(op, sample, outputs, prev_velocity, doubled, batch_dims)
             return made, direction if recipe.wanted & DIRECTION else velocity
+    dt, sigma, sigma_next, damping, kappa, extrapolation = (
+        scalar(op, name, value, sample, batch_dims)
+        for name, value in (
+            ("dt", dt), ("sigma", sigma), ("sigma_next", sigma_next), ("damping", damping), ("kappa", kappa),
+            ("extrapolation", extrapolation),
+        )
+    )  # fmt: skip
     variant, rule, prev = lm_rule(op, prev_velocity, "prev_velocity", damping, kappa, extrapolation)
-    uncond, scale = guided(op, guidance)
+    uncond, scale = guided(op, guidance, sample, batch_dims)
     on_x, weight, heat = _flow_numbers(op, dt, sigma, sigma_next, stochastic)
     if variant != EXTRAPOLATE and prev is not None:
         warn_orthogonal(op, kappa, damping, float(sample[0].numel() if batch_dims else sample.numel()))
@@ -236,9 +252,8 @@ def _flow_numbers(
     if (dt is None) == (sigma is None or sigma_next is None) or (dt is not None and stochastic):
         raise errors.value(op, "dt", "be given, or sigma and sigma_next (and these where stochastic)", dt)
     if dt is not None:
-        return 1.0, float(dt) if isinstance(dt, int) else numbers.wide(dt), 0.0
+        return 1.0, dt, 0.0
     assert sigma is not None and sigma_next is not None
-    now, then = (float(s) if isinstance(s, int) else numbers.wide(s) for s in (sigma, sigma_next))
     if not stochastic:
-        return 1.0, then - now, 0.0
-    return 1.0 - then, -(1.0 - then) * now, then
+        return 1.0, sigma_next - sigma, 0.0
+    return 1.0 - sigma_next, -(1.0 - sigma_next) * sigma, sigma_next

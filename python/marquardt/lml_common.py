@@ -11,16 +11,18 @@ import torch
 
 from . import checks, errors
 from . import lml_coefficients as numbers
-from .langevin import affine_step
+from .layout import batch_and_size
 from .lml_coefficients import Pair
 from .noise import Generator, draw_seed
-from .scalars import Scalar
-from .step import Step
+from .scalars import Scalar, column
+from .step import STATE_DIRECTION, Step, rename
+from .threshold import threshold_scale
 
 Tensor = torch.Tensor
 Guidance = tuple[Tensor, Scalar]
 
 _warned: set[str] = set()
+_THRESHOLD = {"ratio": "threshold[0]", "maximum": "threshold[1]"}
 
 
 def key_of(
@@ -51,7 +53,7 @@ def warn_orthogonal(op: str, kappa: Any, damping: Any, square: float) -> None:
         )
 
 
-def guided(op: str, guidance: Any) -> tuple[Tensor | None, Scalar]:
+def guided(op: str, guidance: Any, sample: Any, batch_dims: int) -> tuple[Tensor | None, Scalar]:
     """(uncond, scale); scale 1 without guidance."""
     if guidance is None:
         return None, 1.0
@@ -60,7 +62,7 @@ def guided(op: str, guidance: Any) -> tuple[Tensor | None, Scalar]:
     uncond, scale = guidance
     if not isinstance(uncond, torch.Tensor):
         raise errors.kind(op, "guidance[0]", "be a tensor", type(uncond).__name__)
-    return uncond, numbers.wide(scale)
+    return uncond, scalar(op, "guidance[1]", scale, sample, batch_dims)
 
 
 def add_output(
@@ -116,9 +118,34 @@ def checked_active(op: str, active: Any, sample: Tensor, batch_dims: int) -> Ten
 
 
 def within(op: str, name: str, value: Any, low: float, high: float, rule: str) -> None:
-    """A number of the host lies in [low, high]."""
-    if isinstance(value, (float, int)) and not low <= value <= high:
-        raise errors.value(op, name, rule, value)
+    """What the host knows of a number lies in [low, high]."""
+    for known_value in on_host(value):
+        if not low <= known_value <= high:
+            raise errors.value(op, name, rule, known_value)
+
+
+def on_host(value: Any) -> list[float]:
+    """The numbers of a scalar that the host knows without waiting for a device."""
+    if isinstance(value, torch.Tensor):
+        rows = checks.host_values(value.reshape(1, -1))
+        return [number for row in rows for number in row]
+    return [value] if isinstance(value, (float, int)) else []
+
+
+def scalar(op: str, name: str, value: Any, sample: Any, batch_dims: int, sample_name: str = "sample") -> Any:
+    """A number as a float or a float64 tensor, 0-dim or [B]; None stays None."""
+    if type(value) is float or value is None:
+        return value
+    checks.floating(op, sample_name, sample)
+    checks.batched(op, sample_name, sample, batch_dims)
+    return numbers.wide(column(op, name, value, batch_and_size(sample, batch_dims)[0], batch_dims))
+
+
+def state_like(op: str, name: str, t: Any, sample: Any, sample_name: str = "sample") -> None:
+    """A tensor of the state has the dtype of the state."""
+    if isinstance(t, torch.Tensor) and isinstance(sample, torch.Tensor) and t.dtype is not sample.dtype:
+        rule = f"have the dtype of {sample_name} ({checks.name(sample.dtype)})"
+        raise errors.kind(op, name, rule, checks.name(t.dtype))
 
 
 def one_of(op: str, name: str, value: Any, names: Sequence[str]) -> None:
@@ -139,10 +166,11 @@ def scale_of_x0(
     batch_dims: int,
 ) -> Tensor:  # fmt: skip
     """The divisor of dynamic thresholding, [B]: a pass for x₀ and a selection."""
-    terms = [sample, model_output] if uncond is None else [sample, model_output, uncond]
-    factors = [x0.x, x0.g] if uncond is None else [x0.x, x0.g * scale, x0.g * (1.0 - scale)]
-    from .threshold import threshold_scale
-
-    predicted = affine_step(terms, factors, batch_dims=batch_dims)
-    divisor = threshold_scale(predicted, threshold[0], threshold[1], batch_dims)[:, 0]
+    step = Step(op, sample, batch_dims, [0.0], [x0.x], weight=0.0)
+    add_output(step, "model_output", model_output, uncond, scale, 0.0, x0.g)
+    predicted = step.run(STATE_DIRECTION)[1]
+    try:
+        divisor = threshold_scale(predicted, threshold[0], threshold[1], batch_dims)[:, 0]
+    except (TypeError, ValueError) as error:
+        raise rename(error, "dynamic_threshold", op, _THRESHOLD) from None
     return divisor if batch_dims else divisor[0]

@@ -10,7 +10,6 @@ import torch
 
 from . import errors
 from . import lml_coefficients as numbers
-from .lml_coefficients import Pair
 from .lml_common import (
     Guidance,
     add_noise,
@@ -19,7 +18,9 @@ from .lml_common import (
     guided,
     key_of,
     one_of,
+    scalar,
     scale_of_x0,
+    state_like,
     warn_orthogonal,
 )
 from .noise import Generator
@@ -44,7 +45,7 @@ def _key(
     return key_of(op, rule, prev, None, (tuple(rows), rest))
 
 
-def _sequence(op: str, name: str, values: Any, count: int) -> list[Scalar]:
+def _sequence(op: str, name: str, values: Any, count: int, sample: Any, batch_dims: int) -> list[Scalar]:
     """(target, s0, …) as `count` scalars."""
     if isinstance(values, torch.Tensor):
         if values.dim() != 1:
@@ -52,10 +53,12 @@ def _sequence(op: str, name: str, values: Any, count: int) -> list[Scalar]:
         values = (
             values.tolist() if values.device.type == "cpu" and not values.requires_grad else values.unbind()
         )
+    elif not isinstance(values, Sequence) or isinstance(values, str):
+        raise errors.kind(op, name, "be a sequence or a tensor of one dimension", type(values).__name__)
     values = list(values)
     if len(values) < count:
         raise errors.value(op, name, f"hold (target, s0, …), {count} numbers for this order", len(values))
-    return [float(v) if isinstance(v, int) else v for v in values[:count]]
+    return [scalar(op, f"{name}[{i}]", v, sample, batch_dims) for i, v in enumerate(values[:count])]
 
 
 def _check_dpm(
@@ -146,6 +149,7 @@ def lml_dpm_step(
     tensor([[0.9250]])
     """
     op = "lml_dpm_step"
+    state_like(op, "prev_increment", prev_increment, sample)
     key = None
     plain = prediction_type is guidance is clip is threshold is None and not algorithm.startswith("sde")
     if plain and type(outputs) is list and type(order) is int:
@@ -162,10 +166,16 @@ def lml_dpm_step(
     if len(history) < order:
         raise errors.value(op, "outputs", f"hold at least {order} tensors for order {order}", len(history))
     lam, alpha, sigma = (
-        _sequence(op, name, values, order + 1)
+        _sequence(op, name, values, order + 1, sample, batch_dims)
         for name, values in (("lambdas", lambdas), ("alphas", alphas), ("sigmas", sigmas))
     )
     _check_noise_levels(op, lam)
+    damping, kappa, extrapolation, clip = (
+        scalar(op, name, value, sample, batch_dims)
+        for name, value in (
+            ("damping", damping), ("kappa", kappa), ("extrapolation", extrapolation), ("clip", clip),
+        )
+    )  # fmt: skip
     bounds(op, clip, threshold)
     variant, rule, prev = lm_rule(op, prev_increment, "prev_increment", damping, kappa, extrapolation)
     if algorithm.startswith("sde") and not lm_on_sde:
@@ -235,7 +245,7 @@ def _add_raw(
 ) -> Tensor | None:  # fmt: skip
     """Adds what the network gave; returns m_0 where it is there before the step, else it is row y of the step."""
     op, sample, batch_dims = step.op, step.sample, step.batch_dims
-    uncond, scale = guided(op, guidance)
+    uncond, scale = guided(op, guidance, sample, batch_dims)
     eps, x0 = numbers.converted(prediction, numbers.wide(alpha), numbers.wide(sigma))
     on_data = algorithm.endswith("++")
     wanted, bounded = x0 if on_data else eps, clip is not None or threshold is not None
@@ -244,33 +254,22 @@ def _add_raw(
         step.on_y = [0.0]
         step.add("outputs[0]", output, 0.0, d)
         return output
-    if bounded and not on_data:  # ε of a bounded x₀: a pass of its own
-        made = _epsilon_of_bounded(
-            op, sample, output, uncond, scale, eps, x0, alpha, sigma, clip, threshold, batch_dims
-        )
-        step.on_y = [0.0]
-        step.add("outputs[0]", made, 0.0, d)
-        return made
-    bound: Scalar = math.inf
+    bound: Scalar = math.inf if clip is None else clip
     if threshold is not None:
-        wanted = wanted.times(1.0 / scale_of_x0(op, sample, output, uncond, scale, x0, threshold, batch_dims))
-        bound = 1.0
-    elif clip is not None:
-        bound = clip
+        x0, bound = (
+            x0.times(1.0 / scale_of_x0(op, sample, output, uncond, scale, x0, threshold, batch_dims)),
+            1.0,
+        )
+        wanted = x0 if on_data else wanted
+    if bounded and not on_data:  # m_0 = (x − α·y)/σ with y the bounded x₀; kept by a pass of its own
+        a, s = numbers.wide(alpha), numbers.wide(sigma)
+        alone = Step(
+            op, sample, batch_dims, [0.0], [1.0 / s], weight=0.0, y=(0.0, -a / s, bound), on_y=[x0.x]
+        )
+        add_output(alone, "outputs[0]", output, uncond, scale, 0.0, 0.0, x0.g)
+        step.d[0], step.y, step.on_y = d / s, (0.0, -d * a / s, bound), [x0.x]
+        add_output(step, "outputs[0]", output, uncond, scale, 0.0, 0.0, x0.g)
+        return alone.run(DIRECTION)[1]
     step.y, step.on_y = (0.0, d, bound), [wanted.x]
     add_output(step, "outputs[0]", output, uncond, scale, 0.0, 0.0, wanted.g)
     return None
-
-
-def _epsilon_of_bounded(
-    op: str, sample: Tensor, output: Tensor, uncond: Tensor | None, scale: Scalar, eps: Pair, x0: Pair, alpha: Scalar,
-    sigma: Scalar, clip: Scalar | None, threshold: Any, batch_dims: int,
-) -> Tensor:  # fmt: skip
-    """(x − α·bounded(x₀))/σ in the model's dtype."""
-    bound: Scalar = 1.0 if clip is None else clip
-    if threshold is not None:
-        x0 = x0.times(1.0 / scale_of_x0(op, sample, output, uncond, scale, x0, threshold, batch_dims))
-    a, s = numbers.wide(alpha), numbers.wide(sigma)
-    step = Step(op, sample, batch_dims, [0.0], [1.0 / s], weight=0.0, y=(0.0, -a / s, bound), on_y=[x0.x])
-    add_output(step, "outputs[0]", output, uncond, scale, 0.0, 0.0, x0.g)
-    return step.run(DIRECTION)[1]

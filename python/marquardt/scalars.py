@@ -56,7 +56,7 @@ def pack(
     `beside`: per sample and beside the data whatever the values are; numbers of the host get there without a copy.
     """
     batch = batch_and_size(like, batch_dims)[0]
-    columns = [_column(op, name, v, batch, batch_dims) for name, v in zip(names, values, strict=True)]
+    columns = [column(op, name, v, batch, batch_dims) for name, v in zip(names, values, strict=True)]
     on_host = like.device.type in ("cpu", "mps")  # an MPS device has no float64
     if (on_host or not beside) and not any(isinstance(c, Tensor) for c in columns):
         made = of_floats(tuple(columns))  # type: ignore[arg-type]
@@ -90,7 +90,8 @@ def _is_number(c: Tensor, device: torch.device) -> bool:
     )
 
 
-def _column(op: str, name: str, value: Scalar, batch: int, batch_dims: int) -> float | Tensor:
+def column(op: str, name: str, value: Scalar, batch: int, batch_dims: int) -> float | Tensor:
+    """A scalar as a float or a tensor, 0-dim or [B]."""
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise errors.kind(op, name, "be a real number", str(value.dtype).removeprefix("torch."))

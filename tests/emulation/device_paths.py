@@ -13,6 +13,8 @@ import torch
 import marquardt as mq
 from harness import same_bits
 from marquardt import _native
+from marquardt.reference import lml as reference
+from marquardt.reference import noise as reference_noise
 
 f64 = torch.float64
 ops = torch.ops.marquardt
@@ -93,12 +95,139 @@ def test_matrices_of_host_and_device():
         assert same_bits(ops._frame_gram(streams, other, None, None, False, False, 1), gram)
 
 
+KEEP_NORM, EXTRAPOLATE, SNR = 0, 2, 3
+DIRECTION, STATE_DIRECTION, CONVERTED, DOUBLED, GUIDED = 1, 2, 4, 8, 16
+#       λ    κ    w    A              D              A_ξ  D_ξ  A_y  D_y   bound Y
+STEP = (3.0, 0.4, 0.75, 0.9, 0.5, 0.1, 0.2, 1.0, -0.35, 0.5, 0.25, 0.4, -0.3, 0.7, 0.6, 0.1, -0.4)
+
+
+def step(sample, outputs, prev, coef, seed=None, variant=KEEP_NORM, wanted=0, clipped=False):
+    return ops._lm_step(sample, outputs, prev, coef, seed, variant, wanted, clipped, 1)
+
+
+def defined(*arguments, **keywords):
+    """The same by the definition."""
+    variant, wanted, clipped = (keywords.get(k, 0) for k in ("variant", "wanted", "clipped"))
+    sample, outputs, prev, coef = arguments
+    return reference.lm_step(
+        sample, outputs, prev, coef, keywords.get("seed"), variant, wanted, bool(clipped), 1
+    )
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        eps = 2.0**-22 if a.dtype in (torch.float32, f64) else torch.finfo(a.dtype).eps  # noise is float32
+        torch.testing.assert_close(a.double(), b.double(), rtol=eps, atol=8 * eps)
+
+
+def step_tensors(dtype=torch.float32, model=torch.bfloat16):
+    x, prev = make(dtype=dtype)
+    return x, [x.flip(0).to(model), (0.5 * x.flip(1)).to(model)], prev.to(model)
+
+
+@pytest.mark.parametrize("wanted", range(32))
+def test_steps_give_what_is_wanted(wanted: int):
+    """x' once or twice, the direction in one dtype or the other, y; guided or not."""
+    if wanted & 3 == 3:
+        return
+    x, outputs, prev = step_tensors()
+    seed, coef = torch.tensor([5, -7]), torch.tensor(STEP, dtype=f64)
+    arguments = {"seed": seed, "wanted": wanted, "clipped": True}
+    found = step(x, outputs, prev, coef, **arguments)
+    close(found, defined(x, outputs, prev, coef, **arguments))
+    if wanted & DOUBLED:
+        assert same_bits(found[0][:3], found[0][3:])
+        assert same_bits(
+            found[0][:3], step(x, outputs, prev, coef, **{**arguments, "wanted": wanted & GUIDED})[0]
+        )
+    if wanted & STATE_DIRECTION:
+        assert found[1].dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    "pair", [(torch.float32,) * 2, (torch.float32, torch.float16), (torch.bfloat16,) * 2, (f64,) * 2]
+)
+@pytest.mark.parametrize("variant", [KEEP_NORM, EXTRAPOLATE, SNR])
+def test_steps_of_tables(variant: int, pair):
+    """A table on the device, dense or not, gives the bits of the numbers in the launch; κ = 0 there leaves prev unread."""
+    x, outputs, prev = step_tensors(*pair)
+    rule = {KEEP_NORM: (3.0, 0.4), EXTRAPOLATE: (0.7, 0.0), SNR: (0.1, 1.0)}[variant]
+    gate = {KEEP_NORM: 1, EXTRAPOLATE: 0, SNR: 3}[variant]  # in SNR: of the sample, whose numbers are 0 then
+    table = torch.tensor([(*rule, *STEP[2:9])] * 3, dtype=f64)
+    table[1, gate] = 0.0
+    if variant == SNR:
+        table[1, gate + 3] = 0.0
+    bad = (x.clone(), prev.clone())
+    bad[variant != SNR][1] = float("nan")
+    arguments = {"variant": variant, "wanted": STATE_DIRECTION}
+    found = step(bad[0], outputs, bad[1], table, **arguments)
+    close(found, defined(bad[0], outputs, bad[1], table, **arguments))
+    assert all(bool(t.isfinite().all()) for t in found)
+    wide = torch.zeros(3, 25, dtype=f64)
+    wide[:, 3:21:2] = table
+    for other in (table.t().contiguous().t(), wide[:, 3:21:2]):
+        again = step(bad[0], outputs, bad[1], other, **arguments)
+        assert all(same_bits(a, b) for a, b in zip(found, again, strict=True))
+    for b in range(3):
+        one = step(bad[0][b, None], [t[b, None] for t in outputs], bad[1][b, None], table[b], **arguments)
+        for whole, alone in zip(found, one, strict=True):
+            assert same_bits(whole[b], alone[0]), b
+
+
+def test_steps_whose_noise_is_drawn_or_given():
+    """In SNR the noise is p, whoever made it; a seed per sample counts within each."""
+    x, outputs, _ = step_tensors()
+    coef = torch.tensor((0.1, 1.0, *STEP[2:9]), dtype=f64)
+    for seed in (torch.tensor([3, 9]), torch.tensor([[3, 9], [4, 9], [5, 2**40]])):
+        drawn = step(x, outputs, None, coef, seed=seed, variant=SNR, wanted=DOUBLED)
+        close(drawn, defined(x, outputs, None, coef, seed=seed, variant=SNR, wanted=DOUBLED))
+        given = reference_noise.normal(seed, tuple(x.shape), torch.float32, 1)
+        close(drawn, step(x, outputs, given, coef, variant=SNR, wanted=DOUBLED))
+
+
+def test_steps_without_prev_and_of_other_layouts():
+    x, outputs, prev = step_tensors()
+    coef = torch.tensor((*STEP[:1], 0.0, *STEP[2:9]), dtype=f64)
+    poison = torch.full_like(prev, float("nan"))
+    alone = step(x, outputs, None, coef)
+    assert all(same_bits(a, b) for a, b in zip(alone, step(x, outputs, poison, coef), strict=True))
+    close(alone, defined(x, outputs, None, coef))
+    coef = torch.tensor(STEP[:9], dtype=f64)
+    last = torch.channels_last
+    for wanted in (0, DOUBLED, DOUBLED + DIRECTION):
+        moved = [t.contiguous(memory_format=last) for t in (x, *outputs, prev)]
+        found = step(moved[0], moved[1:3], moved[3], coef, wanted=wanted)
+        assert found[0].is_contiguous(memory_format=last)
+        mixed = step(moved[0], outputs, prev.mT.contiguous().mT, coef, wanted=wanted)
+        plain = step(x, outputs, prev, coef, wanted=wanted)
+        for a, b, c in zip(found, mixed, plain, strict=True):
+            assert same_bits(a, b)
+            torch.testing.assert_close(a, c, rtol=1e-6 if a.dtype == x.dtype else 1e-2, atol=1e-6)
+
+
+def test_steps_have_plans():
+    x, outputs, prev = step_tensors()
+    plans = {}
+    for name, kappa, wanted in (("bent", 0.4, 0), ("straight", 0.0, 0), ("doubled", 0.4, DOUBLED)):
+        coef = torch.tensor((3.0, kappa, *STEP[2:9]), dtype=f64)
+        plans[name] = _native.plan_of(lambda c=coef, w=wanted: step(x, outputs, prev, c, wanted=w))
+    assert (
+        plans["bent"].startswith("held") and "general" in plans["bent"] and plans["doubled"] == plans["bent"]
+    )
+    assert plans["straight"].startswith("one_sweep")
+    table = torch.tensor([(3.0, 0.0, *STEP[2:9])] * 3, dtype=f64)
+    assert _native.plan_of(lambda: step(x, outputs, prev, table)) == plans["bent"]  # nobody looks at it
+
+
 def test_nothing_to_do():
     """Calls of no samples, and samples of no elements."""
     for shape in ((0, 5), (3, 0)):
         eps = torch.empty(shape)
         assert mq.lm_direction(eps, eps, damping=0.1, kappa=0.3).shape == shape
         assert mq.affine_step([eps], [2.0]).shape == shape
+        moved = step(eps, [eps], eps, torch.tensor(STEP[:7], dtype=f64), wanted=DOUBLED + DIRECTION)
+        assert [t.shape for t in moved] == [(2 * shape[0], shape[1]), shape, (shape[0], 0)]
     assert plan(mq.affine_step, [torch.empty(0, 5)], [2.0]) == "nothing to do"
 
 

@@ -20,7 +20,7 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 OPS = (
     "given", "lm_direction", "lm_direction_backward", "lm_direction_jvp", "affine", "affine_backward",
-    "lowrank", "lowrank_vjp", "lowrank_logdet", "lowrank_logdet_vjp", "lowrank_update",
+    "lowrank", "lowrank_vjp", "lowrank_logdet", "lowrank_logdet_vjp", "lowrank_update", "lm_step",
 )  # fmt: skip
 GRAMS = ("none", "full", "first", "two")
 VARIANTS = ("held", "two_sweeps", "one_sweep")
@@ -57,6 +57,12 @@ class Frame:
     seed: Tensor | None = None  # [2] or [B, 2]
     prologue: Tensor | None = None  # [k, n] or [B, k, n]
     clamp: Tensor | None = None  # [k, 2]
+    sources: int = 0  # of lm_step: its streams without prev
+    clipped: bool = False
+    guided: bool = False
+    step_outputs: int = 1
+    step_direction: bool = False
+    step_converted: bool = False
     host: bool = True  # parameters without a batch travel with the launch
     stream_places: tuple[Place, ...] = ()
     output_places: tuple[Place, ...] = ()
@@ -80,6 +86,8 @@ class Frame:
 
     @property
     def rows(self) -> int:
+        if self.op == "lm_step":
+            return 4  # e, r, a, y
         return self.vectors if self.prologue is None else self.prologue.shape[-2]
 
     @property
@@ -145,6 +153,12 @@ def numbers_of(frame: Frame, plan: Mapping[str, Any] | None = None, guard: int =
         "seed_stride": 2 if frame.seed is not None and frame.seed.dim() == 2 else 0,
         "pairs": frame.pairs,
         "rows": frame.rows,
+        "sources": frame.sources,
+        "clipped": int(frame.clipped),
+        "guided": int(frame.guided),
+        "step_outputs": frame.step_outputs,
+        "step_direction": int(frame.step_direction),
+        "step_converted": int(frame.step_converted),
         "gram": GRAMS.index(frame.gram),
         "parameter_stride": width if frame.per_sample else 0,
         "parameter_count": width,

@@ -144,6 +144,66 @@ def given(
     )  # fmt: skip
 
 
+SNR = 3  # a variant of `step`, beside KEEP_NORM and EXTRAPOLATE
+
+
+def step(
+    shape, variant=KEEP_NORM, pair=(f32, f32), models=1, prev=True, noisy: bool | str = False, clipped=False,
+    guided=False, doubled=False, direction: bool | str = False, converted=False, per_sample=False, changes=None,
+    rho=0.9, seed=0,
+) -> Frame:  # fmt: skip
+    """A step of a sampler on (sample, outputs, prev); the noise of SNR is drawn if `noisy`, else given as prev.
+
+    `direction` is True or "state", in whose dtype it then is; `changes` are numbers by their place, as [p] or [B, p] has
+    them: {1: 0.0} or {1: [0.4, 0.0, 0.4]}.
+    """
+    generator, sources = _generator(seed), 1 + models
+    streams = [cases.gaussian(generator, shape).to(pair[min(j, 1)]) for j in range(sources)]
+    a, d = [0.9 - 0.4 * j for j in range(sources)], [0.2, 1.0, -0.35, 0.25, -0.15, 0.1][:sources]
+    rule = {KEEP_NORM: [3.0, 0.4], EXTRAPOLATE: [0.7, 0.0], SNR: [0.1, 1.0]}[variant]
+    values = [*rule, 0.75, *a, *d]
+    seeds = _seeds(noisy, shape[0])
+    if seeds is not None and variant != SNR:
+        values += [0.5, 0.25]
+    if clipped:
+        values += [0.4, -0.3, 0.7, *(0.6 - 0.5 * j for j in range(sources))]
+    if prev and not (variant == SNR and noisy):
+        other = cases.gaussian(generator, shape)
+        if variant != SNR:
+            s = [t.double() for t in streams]
+            if guided:
+                s[1] = s[1] - s[2]
+            e = sum(c * t for c, t in zip(d, s, strict=True))
+            other = rho * e + (1 - rho**2) ** 0.5 * other
+        streams.append(other.to(pair[min(models, 1)]))
+    coef = _coef(values, shape[0], per_sample or any(isinstance(c, list) for c in (changes or {}).values()))
+    for place, value in (changes or {}).items():
+        coef[..., place] = torch.tensor(value, dtype=f64)
+    outputs = [pair[0]] * (1 + doubled)
+    if direction:
+        outputs.append(pair[0] if direction == "state" else pair[min(models, 1)])
+    if converted:
+        outputs.append(pair[min(models, 1)])
+    return Frame(
+        "lm_step", tuple(streams), tuple(outputs), coef, mode=variant,
+        gram="full" if variant == SNR or prev else "none", seed=seeds, sources=sources, clipped=clipped,
+        guided=guided, step_outputs=1 + doubled, step_direction=bool(direction), step_converted=converted,
+    )  # fmt: skip
+
+
+def whole_step(shape, variant=KEEP_NORM, pair=(f32, f32), **more) -> Frame:
+    """A step that has all there is."""
+    wanted = {
+        "noisy": True,
+        "clipped": True,
+        "guided": True,
+        "doubled": True,
+        "direction": True,
+        "converted": True,
+    }
+    return step(shape, variant, pair, **{"models": 2, **wanted, **more})
+
+
 MATVEC, SOLVE, INV_SQRT = 0, 1, 2
 HEADS = {"lowrank": 1, "lowrank_vjp": 2, "lowrank_logdet": 0, "lowrank_logdet_vjp": 0, "lowrank_update": 1}
 

@@ -12,6 +12,7 @@ from frame_cases import (
     INV_SQRT,
     MATVEC,
     PLAIN,
+    SNR,
     SOLVE,
     affine,
     affine_backward,
@@ -20,6 +21,8 @@ from frame_cases import (
     lm_backward,
     lm_jvp,
     lowrank,
+    step,
+    whole_step,
 )
 from frame_oracle import margins
 
@@ -93,6 +96,11 @@ def small_cases() -> dict[str, tuple[Frame, dict]]:
         "two-1-aligned-ring": (lm((1, 9 * 128 + 4)), two_sweeps(32, 1)),
         "two-2-aligned-backward": (lm_backward((2, 9 * 64 + 2), pair=(f64, f64)), two_sweeps(32, 2)),
         "one-1-aligned-ring": (affine((1, 9 * 256 + 8), 3, (bf16, f16)), one_sweep(32, 1)),
+        "held-1-step": (whole_step((2, 261), pair=(f32, bf16), changes={1: [0.4, 0.0]}), held(64, 1)),
+        "held-3-step-odd": (step((2, 301), EXTRAPOLATE, (f64, f64), models=5).placed(ODD, ODD), held(32, 3)),
+        "two-2-step": (whole_step((1, 9 * 128 + 3), noisy="per-sample"), two_sweeps(32, 2)),
+        "two-1-step-snr": (step((2, 150), SNR, (f16, f16), noisy=True), two_sweeps(64, 1)),
+        "one-2-step": (whole_step((2, 301), prev=False, per_sample=True), one_sweep(32, 2)),
         "default": (lm((2, 515), per_sample=True), {}),
         "default-sm_80": (lm_backward((1, 515)), A100),
         "empty": (lm_backward((2, 0)), {}),

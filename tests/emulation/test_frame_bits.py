@@ -7,7 +7,18 @@ import dataclasses
 import pytest
 import torch
 from frame_calls import Place, bf16, f16, f32, f64, run
-from frame_cases import affine, affine_backward, given, lm, lm_backward, lm_jvp, plans
+from frame_cases import (
+    SNR,
+    affine,
+    affine_backward,
+    given,
+    lm,
+    lm_backward,
+    lm_jvp,
+    plans,
+    step,
+    whole_step,
+)
 
 from harness import same_bits
 
@@ -21,6 +32,9 @@ MAKERS = {
     "affine-seeds": lambda shape, **k: affine(shape, 2, noisy="per-sample", **k),
     "affine_backward": lambda shape, **k: affine_backward(shape, 3, noisy=True, **k),
     "given": lambda shape, **k: given(shape, 5, 3, **k),
+    "step": whole_step,
+    "step-snr": lambda shape, **k: step(shape, SNR, noisy="per-sample", **k),
+    "step-alone": lambda shape, **k: step(shape, models=3, prev=False, direction=True, **k),
     "prologue": lambda shape, **k: given(shape, 2, 2, ones=True, noisy=True, prologue=3, clamped=True, **k),
 }
 OPS = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())

@@ -26,7 +26,7 @@ SITE = re.compile(
 SORTS = ("cuda_f32.cu", "cuda_general_mixed.cu")
 CASES = (
     "two-1-ring", "one-2-in-place", "held-1", "held-2-zero-kappa", "two-2-in-place", "held-2-given", "one-8-general",
-    "held-4-blocks", "two-1-blocks-ring", "held-1-root", "held-2-solve",
+    "held-4-blocks", "two-1-blocks-ring", "held-1-step", "held-1-root", "held-2-solve",
 )  # fmt: skip
 SWITCH = """
 #include <cstdlib>

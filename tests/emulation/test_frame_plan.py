@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 from frame_calls import A100, H200, OPS, SMALL, arrays_of, bf16, f16, f32, f64, numbers_of, plan_of
-from frame_cases import affine, affine_backward, given, lm, lm_backward, lm_jvp
+from frame_cases import affine, affine_backward, given, lm, lm_backward, lm_jvp, step, whole_step
 
 pytestmark = pytest.mark.emulation
 
@@ -30,6 +30,9 @@ FRAMES = {
     "given": given((2, 8), 5, 2),
     "given-18": given((2, 8), 16, 17, ones=True, noisy=True),
     "given-apply": given((2, 8), 5, 2, gram=False, prologue=3),
+    "step": whole_step((2, 8)),
+    "step-f64": step((2, 8), pair=(f64, f64), models=5, per_sample=True),
+    "step-apply": step((2, 8), prev=False),
     "prologue": given((2, 8), 2, 2, prologue=18, per_sample=True),
 }
 SIZES = (0, 1, 5, 257, LATENT, 4 * 128 * 128, 1 << 20, (1 << 20) + 1, 1 << 24, 1 << 31, 1 << 36)
@@ -139,6 +142,14 @@ class TestChoice:
         for frame, batch, size in itertools.product(FRAMES.values(), (1, 3, 500), SIZES):
             plan = plan_of(emulation, frame, (batch, size), **A100)
             assert plan["cluster"] == 1, plan["text"]
+
+    def test_a_step_without_its_prev_is_one_sweep(self, emulation):
+        """κ = 0 or w = 0 that the host knows: no Gram, although there is a prev."""
+        for changes in ({1: 0.0}, {2: 0.0}):
+            plan = plan_of(emulation, step((1, 8), changes=changes), (8, LATENT))
+            assert plan["variant"] == "one_sweep", plan["text"]
+        for frame in (step((1, 8)), dataclasses.replace(step((1, 8), changes={1: 0.0}), host=False)):
+            assert plan_of(emulation, frame, (8, LATENT))["variant"] == "held"
 
     def test_a_batch_beyond_the_grid_is_cut(self, emulation):
         for frame in (lm((1, 8)), affine((1, 8), 2, per_sample=True)):

@@ -14,6 +14,7 @@ from frame_cases import (
     EXTRAPOLATE,
     KEEP_NORM,
     PLAIN,
+    SNR,
     affine,
     affine_backward,
     given,
@@ -21,6 +22,8 @@ from frame_cases import (
     lm_backward,
     lm_jvp,
     plans,
+    step,
+    whole_step,
 )
 from frame_oracle import judge, noise, normal_ulps
 
@@ -118,10 +121,124 @@ class TestZeroKappa:
             assert same_bits(run(emulation, frame, **plan).outputs[1], torch.zeros(SHAPE)), plan
 
 
+class TestStep:
+    """Numbers of a step that are 0: what they stand before may hold anything."""
+
+    CASES = {
+        "kappa": (KEEP_NORM, {1: [0.4, 0.0, -0.3]}, "prev"),
+        "gamma": (EXTRAPOLATE, {0: [0.7, 0.0, -0.3]}, "prev"),
+        "weight": (KEEP_NORM, {2: [0.75, 0.0, 0.75]}, "prev"),
+        "output": (KEEP_NORM, {5: [-0.3, 0.0, 0.1], 8: [-0.35, 0.0, 0.2]}, 2),
+        "output-snr": (SNR, {5: [-0.3, 0.0, 0.1], 8: [-0.35, 0.0, 0.2]}, 2),
+        "guided": (
+            KEEP_NORM,
+            {4: [0.5, 0.0, 0.1], 7: [1.0, 0.0, 0.5], 5: 0.0, 8: 0.0},
+            2,
+        ),  # s_2 in s_1 alone
+        "joined": (KEEP_NORM, {1: 0.0, 2: 0.5, 5: [-0.3, -0.5, 0.1], 8: 1.0}, 2),  # A + w·D = 0
+    }
+
+    @pytest.mark.parametrize("poison", [math.nan, math.inf])
+    @pytest.mark.parametrize(("variant", "changes", "stream"), CASES.values(), ids=CASES.keys())
+    def test_unread(self, emulation, variant, changes, stream, poison):
+        """In the middle sample, of each dtype pair, with the direction as an output where that reads no more."""
+        for pair in ((f32, f32), (f32, bf16), (f16, f16), (f64, f64)):
+            name = next(k for k, c in self.CASES.items() if c[1] is changes)
+            clean = step(
+                SHAPE, variant, pair, 2, guided=name == "guided", direction=name != "joined", changes=changes
+            )
+            bad = spoiled(clean, 3 if stream == "prev" else stream, 1, poison)
+            for plan in plans(clean):
+                expected, found = run(emulation, clean, **plan), run(emulation, bad, **plan)
+                judge(clean, expected)
+                for e, f in zip(expected.outputs, found.outputs, strict=True):
+                    assert same_bits(e, f), found.plan["text"]
+                    assert bool(f.isfinite().all())
+
+    @pytest.mark.parametrize("place", [1, 2], ids=["kappa", "weight"])
+    def test_unread_in_every_sample(self, emulation, place):
+        """One number for the batch: known to the host there is no Gram at all, known to the device alone one of nothing."""
+        for host in (True, False):
+            clean = dataclasses.replace(whole_step(SHAPE, changes={place: 0.0}), host=host)
+            bad = spoiled(clean, 3, slice(None), math.nan)
+            some = plans(clean)[1:] + (
+                ({"variant": "one_sweep", "threads": 32, "splits": 2},) if host else ()
+            )
+            for plan in ({}, *some):
+                found = run(emulation, bad, **plan)
+                judge(clean, found)
+                assert all(
+                    same_bits(a, b) for a, b in zip(found.outputs, run(emulation, clean, **plan).outputs)
+                )
+
+    def test_noise_that_does_not_count_is_not_drawn(self, emulation):
+        """Its numbers are 0 in the middle sample: the bits of a step without noise."""
+        changes = {9: [0.5, 0.0, 0.5], 10: [0.25, 0.0, -0.25]}
+        noisy, plain = (
+            step(SHAPE, models=2, noisy=True, changes=changes),
+            step(SHAPE, models=2, per_sample=True),
+        )
+        plain = dataclasses.replace(plain, parameters=noisy.parameters[:, :9])
+        for plan in plans(noisy):
+            found = run(emulation, noisy, **plan)
+            judge(noisy, found)
+            assert same_bits(found.outputs[0][1], run(emulation, plain, **plan).outputs[0][1]), found.plan[
+                "text"
+            ]
+
+    def test_y_that_does_not_count(self, emulation):
+        """A_y = D_y = 0, and y no output: sources that stand in y alone are not read."""
+        changes = {3: 0.0, 6: 0.0, 9: [0.4, 0.0, 0.4], 10: [-0.3, 0.0, 0.2]}
+        clean = step(SHAPE, models=2, clipped=True, changes=changes)
+        bad = spoiled(clean, 0, 1, math.nan)
+        for plan in plans(clean):
+            expected, found = run(emulation, clean, **plan), run(emulation, bad, **plan)
+            judge(clean, expected)
+            assert same_bits(expected.outputs[0], found.outputs[0]), found.plan["text"]
+
+    def test_clamp_keeps_nan(self, emulation):
+        frame = spoiled(whole_step(SHAPE, prev=False), 1, 1, math.nan, element=5)
+        for plan in plans(frame):
+            for out in run(emulation, frame, **plan).outputs:
+                assert bool(out[1, 5].isnan()) and int(out.isnan().sum()) == 1
+
+    @pytest.mark.parametrize("variant", [KEEP_NORM, EXTRAPOLATE, SNR])
+    def test_degenerate(self, emulation, variant):
+        """p = e, 2e, −e, 0 and e = 0: there x' is a, to the last bit, or with p in SNR."""
+        x = cases.gaussian(torch.Generator().manual_seed(5), (6, 145)).to(f32)
+        prev = x * torch.tensor([1.0, 2.0, -1.0, 0.0, 0.0, 5.0])[:, None]
+        x[4:] = 0.0
+        prev[4] = 1.0
+        rule = {
+            KEEP_NORM: ((0.0, 0.5), (2.0, 1.0)),
+            EXTRAPOLATE: ((0.7, 0.0), (-2.0, 0.0)),
+            SNR: ((0.1, 1.0),),
+        }
+        for first, second in rule[variant]:
+            frame = step((6, 145), variant, changes={0: first, 1: second, 3: 0.5, 4: 0.0, 5: 0.0, 6: 1.0})
+            other = frame.streams[0].clone()
+            frame = dataclasses.replace(frame, streams=(other, x, prev))
+            for plan in plans(frame):
+                found = run(emulation, frame, **plan)
+                judge(frame, found)
+                assert same_bits(found.outputs[0][4:], 0.5 * other[4:]), found.plan["text"]
+
+    @pytest.mark.parametrize("scale", [1e30, 1e-20])
+    def test_range(self, emulation, scale):
+        """Squares beyond float32."""
+        for frame in (step(SHAPE, changes={0: scale**2}), step(SHAPE, EXTRAPOLATE), step(SHAPE, SNR)):
+            streams = tuple((t.double() * scale).to(f32) for t in frame.streams)
+            frame = dataclasses.replace(frame, streams=streams)
+            for plan in plans(frame):
+                judge(frame, run(emulation, frame, **plan))
+
+
 class TestBadSamples:
     @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize(
-        "make", [lm, lm_backward, lm_jvp, affine, affine_backward, given], ids=lambda m: m.__name__
+        "make",
+        [lm, lm_backward, lm_jvp, affine, affine_backward, given, step, whole_step],
+        ids=lambda m: m.__name__,
     )
     def test_a_bad_sample_stays_alone(self, emulation, make, poison):
         clean = make(SHAPE)

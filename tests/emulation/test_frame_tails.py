@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from frame_calls import Place, bf16, f16, f32, f64, numbers_of, run
-from frame_cases import affine, affine_backward, given, lm, lm_backward, plans
+from frame_cases import affine, affine_backward, given, lm, lm_backward, plans, step, whole_step
 from frame_oracle import judge
 
 pytestmark = [pytest.mark.emulation, pytest.mark.accuracy]
@@ -25,7 +25,9 @@ def sizes(width: int, threads: int = 32) -> list[int]:
 
 
 @pytest.mark.parametrize("pair", [(f32, f32), (f32, bf16), (bf16, bf16), (f64, f64)], ids=str)
-@pytest.mark.parametrize("make", [lm, lm_backward, affine, affine_backward], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make", [lm, lm_backward, affine, affine_backward, whole_step], ids=lambda m: m.__name__
+)
 def test_sizes(emulation, make, pair):
     for size in sizes(_WIDTH[pair[0]]):
         frame = make((2, size), pair=pair)
@@ -55,7 +57,7 @@ def test_aligned_gaps(emulation):
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 17])
 def test_batches(emulation, batch):
-    for make in (lm, lm_backward, affine, affine_backward, given):
+    for make in (lm, lm_backward, affine, affine_backward, given, whole_step):
         for per_sample in (False, True):
             frame = make((batch, 70), per_sample=per_sample)
             for plan in plans(frame):
@@ -73,7 +75,7 @@ def test_shared_gradient(emulation):
 
 def test_many_splits(emulation):
     """More CTAs than there are tiles: the idle ones neither read nor write, and their sums are 0."""
-    for make in (lm, lm_backward, given):
+    for make in (lm, lm_backward, given, whole_step):
         for size, splits in itertools.product((1, 130, 700), (2, 16, 33)):
             frame = make((2, size))
             judge(frame, run(emulation, frame, variant="two_sweeps", threads=32, splits=splits))
@@ -85,7 +87,7 @@ def test_many_splits(emulation):
 @pytest.mark.parametrize("group", [1, 2, 5])
 def test_several_launches(emulation, group):
     """A batch beyond the grid is cut into launches."""
-    for make in (lm, lm_backward, affine, affine_backward, given):
+    for make in (lm, lm_backward, affine, affine_backward, given, step):
         frame = make((5, 99), per_sample=True)
         for plan in plans(frame):
             judge(frame, run(emulation, frame, **plan, group=group))
@@ -93,6 +95,9 @@ def test_several_launches(emulation, group):
     judge(noise, run(emulation, noise, variant="one_sweep", threads=32, splits=2, group=group))
     seeds = affine((5, 99), 2, noisy="per-sample")
     judge(seeds, run(emulation, seeds, variant="one_sweep", threads=32, splits=2, group=group))
+    for noisy in (True, "per-sample"):
+        drawn = whole_step((5, 99), noisy=noisy)
+        judge(drawn, run(emulation, drawn, variant="two_sweeps", threads=32, splits=2, group=group))
 
 
 def test_addresses_beyond_32_bits(emulation):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -13,6 +14,7 @@ from frame_cases import (
     KEEP_NORM,
     PAIRS,
     PLAIN,
+    SNR,
     affine,
     affine_backward,
     given,
@@ -20,6 +22,8 @@ from frame_cases import (
     lm_backward,
     lm_jvp,
     plans,
+    step,
+    whole_step,
 )
 from frame_oracle import judge
 
@@ -114,6 +118,79 @@ class TestLangevin:
         check(emulation, functools.partial(affine_backward, SHAPE, 3, pair, noisy, d_coef=False))
 
 
+VARIANTS = pytest.mark.parametrize(
+    "variant", [KEEP_NORM, EXTRAPOLATE, SNR], ids=["keep-norm", "extrapolate", "snr"]
+)
+
+
+class TestStep:
+    @PAIR
+    @VARIANTS
+    def test_value(self, emulation, variant, pair):
+        """All that a step has, and the least."""
+        check(emulation, functools.partial(whole_step, SHAPE, variant, pair), stated=True, places=PLACES[1:])
+        make = functools.partial(step, SHAPE, variant, pair, per_sample=True, direction=True)
+        check(emulation, make, stated=True, places=PLACES[:1])
+
+    @VARIANTS
+    @pytest.mark.parametrize("models", [0, 1, 2, 3, 4, 5])
+    def test_sources(self, emulation, variant, models):
+        make = functools.partial(
+            step, SHAPE, variant, (f32, bf16), models, direction="state", noisy=models % 2 == 1
+        )
+        check(emulation, make, places=PLACES[1:])
+
+    @pytest.mark.parametrize("noisy", [False, True, "per-sample"], ids=["no-noise", "one-seed", "seeds"])
+    @pytest.mark.parametrize("clipped", [False, True], ids=["", "clipped"])
+    def test_without_prev(self, emulation, clipped, noisy):
+        """No Gram: one sweep, and a dense batch may be one long sample."""
+        for pair, more in (
+            ((f32, bf16), {}),
+            ((f16, f16), {"direction": True}),
+            ((f64, f64), {"doubled": True}),
+        ):
+            make = functools.partial(
+                step, SHAPE, KEEP_NORM, pair, 2, False, noisy, clipped, converted=clipped, **more
+            )
+            check(emulation, make)
+
+    @pytest.mark.parametrize("noisy", [True, "per-sample"], ids=["one-seed", "seeds"])
+    @VARIANTS
+    def test_noise(self, emulation, variant, noisy):
+        """D % 4 ≠ 0: a sample begins in the middle of a counter. In SNR the noise is p itself."""
+        for pair in ((f32, f16), (f64, f64)):
+            check(emulation, functools.partial(step, SHAPE, variant, pair, 1, noisy=noisy), places=PLACES[1:])
+
+    def test_which_outputs(self, emulation):
+        for doubled, direction, converted in itertools.product(
+            (False, True), (False, True, "state"), (False, True)
+        ):
+            make = functools.partial(
+                step, (3, 150), pair=(f32, bf16), clipped=True, doubled=doubled, direction=direction,
+                converted=converted,
+            )  # fmt: skip
+            check(emulation, make, places=PLACES[1:])
+
+    @pytest.mark.parametrize("prev", [False, True], ids=["", "prev"])
+    def test_guided(self, emulation, prev):
+        """s_1 stands for s_1 − s_2, which keeps the digits of two outputs that are nearly equal."""
+        for pair, models in (((f32, f32), 2), ((f32, bf16), 3), ((f64, f64), 5)):
+
+            def make(seed, pair=pair, models=models):
+                frame = step(SHAPE, KEEP_NORM, pair, models, prev, guided=True, direction=True, seed=seed)
+                streams = list(frame.streams)
+                streams[1] = (streams[2].double() * (1 + 2.0**-6)).to(pair[1])
+                return dataclasses.replace(frame, streams=tuple(streams))
+
+            check(emulation, make, places=PLACES[1:])
+
+    @pytest.mark.parametrize("rho", [-0.5, 0.999999])
+    def test_correlation(self, emulation, rho):
+        """p = 0.999999·e + …: digits that only the residual has."""
+        make = functools.partial(step, (1, 3072), rho=rho, changes={0: 1e-3, 1: 0.9})
+        check(emulation, make, stated=rho < 0.9, places=PLACES[:1])
+
+
 class TestEngine:
     """Any matrix, with all that may come before the Gram."""
 
@@ -170,6 +247,8 @@ def test_real_sizes(emulation, limits):
         affine((2, 16384), 3, noisy=True, per_sample=True),
         affine_backward((1, 16384), 8),
         given((1, 20001), 10, 3, noisy=True),
+        whole_step((2, 16384), pair=(f32, bf16)),
+        step((1, 65539), prev=False, noisy=True),
     )
     for frame in frames:
         judge(frame, run(emulation, frame, **limits))

@@ -70,17 +70,15 @@ class Columns:
 
 def sum_of(coefficients: Tensor, rows: Sequence[Tensor], skip: bool) -> Tensor:
     """Σ_j c_j·row_j, [B, D]; coefficients [B, k] are rounded to the type of the rows; `skip`: 0 leaves one unread."""
-    total = torch.zeros_like(rows[0])
+    total = torch.full_like(rows[0], -0.0)  # what a sum begins with that keeps the sign of a zero
     for j, row in enumerate(rows):
         c = coefficients[:, j : j + 1].to(row.dtype)
-        product = c * row
-        if skip:  # two steps, so that a NaN behind a zero does not spoil derivatives either
-            used = c != 0
-            product = torch.where(
-                used, c * torch.where(used, row, torch.zeros_like(row)), torch.zeros_like(row)
-            )
-        total = total + product
-    return total
+        if not skip:
+            total = total + c * row
+            continue
+        used = c != 0  # a NaN behind a zero must not spoil derivatives either
+        total = torch.where(used, total + c * torch.where(used, row, torch.zeros_like(row)), total)
+    return torch.where((coefficients != 0).any(1, keepdim=True), total, total.abs()) if skip else total
 
 
 def _asks_gradient(coef: Tensor) -> bool:
