@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -71,8 +71,7 @@ def _direct(x: Scalar, shift: int) -> Scalar:
     return expm1(x) / x - 1.0 if shift == 1 else (expm1(x) - x) / (x * x) - 0.5
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A multiple of the sample and one of the model's output g."""
 
     x: Scalar
@@ -92,8 +91,7 @@ def converted(prediction: str, alpha: Scalar, sigma: Scalar) -> tuple[Pair, Pair
     return Pair(sigma, alpha), Pair(alpha, -sigma)  # v = α·ε − σ·x₀
 
 
-@dataclass(frozen=True)
-class Ddim:
+class Ddim(NamedTuple):
     """x' = a + weight·LM(ε) + noise·ξ, a = `base` or, with x₀ held between bounds, `on_x0`·x₀."""
 
     eps: Pair
@@ -117,8 +115,7 @@ def ddim(prediction: str, alpha_bar: Scalar, alpha_bar_next: Scalar, eta: Scalar
     return Ddim(eps, x0, x0.times(target), target, root(1.0 - b - variance), root(variance), alpha, sigma)
 
 
-@dataclass(frozen=True)
-class Dpm:
+class Dpm(NamedTuple):
     """x' = on_x·x + prefactor·LM(Σ direction_j·m_j) + noise·ξ with m_0 the newest output."""
 
     on_x: Scalar

@@ -15,7 +15,7 @@ A coefficient that is exactly 0 leaves its tensor unread, whatever it holds. In 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ DIRECTION, STATE_DIRECTION, CONVERTED, DOUBLED = 1, 2, 4, 8
 GUIDED = 16
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """Where the numbers of a step stand in `coef`: (first, second, w, A…, D…, A_ξ, D_ξ, A_y, D_y, bound, Y…).
 
     first, second: λ and κ; γ and nothing; r and T. The noise columns and those of y are there where the step has them.
