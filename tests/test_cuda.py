@@ -103,6 +103,25 @@ class TestAgreement:
             # float64 outputs carry float32 normals
             close(found.cpu(), step(eps.cpu(), prev.cpu(), seed), f32 if pair[0] == f64 else pair[0])
 
+    def test_steps(self, pair):
+        """lm_step with all it has: table and numbers, noise, y, guided outputs, x' twice."""
+        row = (3.0, 0.4, 0.75, 0.9, 0.5, 0.1, 0.2, 1.0, -0.35, 0.5, 0.25, 0.4, -0.3, 0.7, 0.6, 0.1, -0.4)
+        seed, wanted = torch.tensor([11, 5]), 1 + 4 + 8 + 16
+        for shape in self.SHAPES:
+            x, prev = make(shape, pair)
+            table = torch.tensor([row] * shape[0], dtype=f64)
+            table[0, 1] = 0.0  # κ
+            for coef in (torch.tensor(row, dtype=f64), table):
+                host = [x.cpu(), [prev.flip(0).cpu(), (0.5 * x).to(pair[1]).cpu()], prev.cpu()]
+                device = [x, [t.cuda() for t in host[1]], prev]
+                there = coef if coef.dim() == 1 else coef.cuda()
+                found = torch.ops.marquardt.lm_step(*device, there, seed.cuda(), 0, wanted, True, 1)
+                expected = torch.ops.marquardt.lm_step(*host, coef, seed, 0, wanted, True, 1)
+                for a, b in zip(found, expected, strict=True):
+                    close(
+                        a.cpu(), b, f32 if b.dtype == f64 else b.dtype
+                    )  # float64 outputs carry float32 normals
+
     def test_gradients(self, pair):
         for shape in ((2, 4, 64, 64), (5, 70001)):
             leaves = [t.requires_grad_() for t in make(shape, pair)]

@@ -33,6 +33,8 @@ void each_field(FrameRun& run, F&& f) {
   f("op", c.op), f("mode", c.mode), f("batch", c.batch), f("size", c.size), f("compute", c.compute);
   f("streams", c.streams), f("ones", c.ones), f("seed_stride", c.seed_stride);
   f("pairs", c.pairs), f("prologue_stride", c.prologue_stride), f("rows", c.rows);
+  f("sources", c.sources), f("clipped", c.clipped), f("guided", c.guided), f("step_outputs", c.step_outputs);
+  f("step_direction", c.step_direction), f("step_converted", c.step_converted);
   f("gram", c.gram), f("exact", c.exact);
   f("parameter_stride", c.parameter_stride), f("parameter_count", c.parameter_count);
   f("host_parameters", c.host_parameters);
@@ -63,8 +65,10 @@ void assign(T& field, int64_t value, const std::string& name) {
     fits = value == 0 || value == 1;
   } else if constexpr (std::is_same_v<T, int>) {
     fits = value >= std::numeric_limits<int>::min() && value <= std::numeric_limits<int>::max();
+  } else if constexpr (std::is_same_v<T, uint8_t>) {
+    fits = value >= 0 && value <= std::numeric_limits<uint8_t>::max();
   } else if constexpr (std::is_enum_v<T>) {
-    const int last = std::is_same_v<T, FrameOp> ? 10 : std::is_same_v<T, DType> || std::is_same_v<T, GramKind> ? 3 : 2;
+    const int last = std::is_same_v<T, FrameOp> ? 11 : std::is_same_v<T, DType> || std::is_same_v<T, GramKind> ? 3 : 2;
     fits = value >= 0 && value <= last;
   }
   if (!fits) throw std::invalid_argument("frame run: " + name + " cannot be " + std::to_string(value));

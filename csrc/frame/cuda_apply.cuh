@@ -109,17 +109,17 @@ MQ_DEVICE inline void combine_all(const Rows<A, G>& rows, const Share& share, co
                                   int stride, int64_t first) {
   MQ_UNROLL(1)
   for (int i = 0; i < rows.a.call.outputs;) {
+    const bool apart = G && map.apart;
     const uint32_t group = map.zero >> i & ((1u << M) - 1u);
-    if (G && map.apart) {
-      uint32_t own = 0u;
-      for (int j = 0; j < rows.a.call.rows; ++j) own |= (matrix[i * stride + j] != S(0) ? 1u : 0u) << j;
-      combine<A, G, 1>(rows, share, map.used & own, matrix, stride, i, first);
-      ++i;
-    } else if (group == 0u && i + M <= rows.a.call.outputs) {
+    if (group == 0u && !apart && i + M <= rows.a.call.outputs) {
       combine<A, G, M>(rows, share, map.used, matrix, stride, i, first);
       i += M;
     } else {
-      combine<A, G, 1>(rows, share, group & 1u ? 0u : map.used, matrix, stride, i, first);
+      uint32_t used = group & 1u ? 0u : map.used;
+      if (apart)
+        for (int j = 0; j < rows.a.call.rows; ++j)
+          if (matrix[i * stride + j] == S(0)) used &= ~(1u << j);
+      combine<A, G, 1>(rows, share, used, matrix, stride, i, first);
       ++i;
     }
   }

@@ -12,19 +12,25 @@ MQ_DEVICE inline const double* parameters_of(const FrameArguments<G>& a, int64_t
 }
 
 // Vectors that the rows in `rows` are made of; of a step, those that its numbers ask for.
-MQ_DEVICE inline uint32_t vectors_of(const FrameCall& call, int vectors, uint32_t rows, const double* p, bool outputs) {
-  if (call.op == FrameOp::lm_step) return step_vectors(call, p, outputs);
-  if (call.prologue != nullptr) return (1u << vectors) - 1u;
+template <FrameAccess A, bool G>
+MQ_DEVICE inline uint32_t vectors_of(const FrameArguments<G>& a, uint32_t rows, [[maybe_unused]] const double* p,
+                                     [[maybe_unused]] bool outputs) {
+  const FrameCall& call = a.call;
+  if constexpr (G) {
+    if (call.op == FrameOp::lm_step) return vectors_of_step<A>(call, p, outputs);
+    if (call.prologue != nullptr) return (1u << a.layout.vectors) - 1u;
+  }
   uint32_t base = 0u;
   for (int j = 0; j < call.pairs; ++j) base |= (rows >> (2 * j + 1) & 1u) << 2 * j;
   return rows | base;
 }
 
-// The prologue in the compute type, for all threads.
+// The prologue in the compute type, or the table of a step, for all threads. `vectors` are those that were fetched.
 template <FrameAccess A, bool G>
-MQ_DEVICE inline void load_prologue(const FrameArguments<G>& a, int64_t sample, unsigned char* shared) {
+MQ_DEVICE inline void load_prologue(const FrameArguments<G>& a, int64_t sample, [[maybe_unused]] uint32_t vectors,
+                                    unsigned char* shared) {
   if constexpr (G) {
-    if (a.call.op == FrameOp::lm_step) return load_step<A>(a, parameters_of(a, sample), shared);
+    if (a.call.op == FrameOp::lm_step) return load_step<A>(a, parameters_of(a, sample), vectors, shared);
     if (a.call.prologue == nullptr) return;
     auto* to = reinterpret_cast<typename Access<A>::C*>(shared + a.layout.prologue_at);
     const double* from = a.call.prologue_stride == 0 ? a.prologue : a.call.prologue + sample * a.call.prologue_stride;
@@ -105,9 +111,9 @@ frame_held(const __grid_constant__ FrameArguments<G> a) {
   const double* p = parameters_of(a, share.sample);
   const uint32_t wanted = gram_rows(a.call, p);
   const HeldWalk<A, G> walk{a, share, shared};
-  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, rows_read(a.call, p), p, true);
+  const uint32_t vectors = vectors_of<A>(a, rows_read(a.call, p), p, true);
   walk.fetch_all(vectors);
-  load_prologue<A>(a, share.sample, shared);
+  load_prologue<A>(a, share.sample, vectors, shared);
   ptx::copy_async_wait<0>();
 
   auto* own = reinterpret_cast<double*>(shared + a.layout.own_at);
@@ -145,13 +151,13 @@ frame_gram(const __grid_constant__ FrameArguments<G> a) {
   const double* p = parameters_of(a, share.sample);
   const uint32_t wanted = gram_rows(a.call, p);
   if (wanted == 0u) return;  // nobody reads the workspace of this sample
-  const uint32_t vectors = vectors_of(a.call, a.layout.vectors, wanted, p, false);
+  const uint32_t vectors = vectors_of<A>(a, wanted, p, false);
   const int plain = a.call.gram == GramKind::full ? plain_streams<A>(a, vectors) : 0;
   with_source<A>(a, share, vectors, plain, [&](const auto& source) {
     constexpr int kStreams = std::decay_t<decltype(source)>::kStreams;
     const RingWalk<A, G, std::decay_t<decltype(source)>> walk{a, source, shared};
     walk.start();
-    load_prologue<A>(a, share.sample, shared);
+    load_prologue<A>(a, share.sample, vectors, shared);
     if constexpr (kStreams != 0) {
       gram_own<A, G, kStreams, false, true>(a, share, walk, shared);
     } else {
@@ -179,17 +185,17 @@ MQ_DEVICE inline void merge_parts(const FrameArguments<G>& a, const Share& share
 
 // The outputs: after frame_gram, or alone where no Gram is asked for.
 template <FrameAccess A, bool G>
-MQ_KERNEL(kMaxThreads, G ? 1 : 3)
+MQ_KERNEL(kMaxThreads, G ? 2 : 3)
 frame_apply(const __grid_constant__ FrameArguments<G> a) {
   unsigned char* shared = shared_memory();
   const Share share = share_of<A>(a);
   const double* p = parameters_of(a, share.sample);
   const uint32_t rows = a.call.outputs == 0 ? 0u : rows_read(a.call, p);
-  const uint32_t vectors = rows == 0u ? 0u : vectors_of(a.call, a.layout.vectors, rows, p, true);
+  const uint32_t vectors = rows == 0u ? 0u : vectors_of<A>(a, rows, p, true);
   with_source<A>(a, share, vectors, plain_streams<A>(a, vectors), [&](const auto& source) {
     RingWalk<A, G, std::decay_t<decltype(source)>>{a, source, shared}.start();
   });
-  load_prologue<A>(a, share.sample, shared);
+  load_prologue<A>(a, share.sample, vectors, shared);
   if (a.layout.entries > 0) {
     if (gram_rows(a.call, p) != 0u) {
       merge_parts(a, share, shared);

@@ -19,7 +19,6 @@ constexpr int kBlockEntries = kBlockRows * kBlockRows;      // for one warp's ac
 constexpr int kMaxThreads = 256;                            // of a CTA
 constexpr int kSmallParameters = kMaxParameters;            // carried by a launch of the quick kernels
 constexpr int kManyParameters = kMaxOutputs * kMaxVectors;  // and of the general ones: a matrix
-constexpr int kStepNumbers = 3 * (kMaxSources + 1) + 3;     // of a sampler step (cuda_step.cuh)
 constexpr int kRingStages = 4, kGeneralRingStages = 2;      // tiles in flight where the frame is not held
 
 // Elements of a slot.
@@ -30,6 +29,23 @@ MQ_HOST_DEVICE constexpr int slot_elements(FrameAccess access) {
 MQ_HOST_DEVICE constexpr int compute_bytes(FrameAccess access) {
   return access == FrameAccess::f64 ? 8 : 4;
 }
+
+// What the rows of a sampler step are made of, for one sample, in the compute type: in place of a prologue.
+template <class C>
+struct StepTable {
+  struct Term {
+    int offset;  // of its vector in a stage
+    DType dtype;
+    C d, a, y;  // its numbers in e, a and y; all 0 where the vector was not fetched
+  };
+  int terms;
+  Term term[kMaxSources + 1];  // the sources, then drawn noise
+  C d_y, a_y, bound;
+  bool guided, clipped;  // guided: s_1 stands for s_1 − s_2
+  bool residual;         // row 1 is p − e, else p
+  int prev;              // where p lies in a stage; −1: this sample does not look at it
+  DType prev_dtype;
+};
 
 struct FrameLayout {
   int vectors;              // streams, ones, noise
@@ -79,8 +95,8 @@ inline FrameLayout layout_of(const FrameCall& call, FrameAccess access, int thre
   l.gram_at = place(8 * l.entries);
   l.own_at = place(8 * l.entries);
   l.parts_at = place(l.blocks == 0 ? 0 : 8 * kBlockEntries * (threads / 32));
-  const int64_t prologue = call.prologue == nullptr ? 0 : static_cast<int64_t>(call.rows) * l.vectors;
-  l.prologue_at = place((call.op == FrameOp::lm_step ? kStepNumbers : prologue) * wide);
+  const int64_t prologue = call.prologue == nullptr ? 0 : static_cast<int64_t>(call.rows) * l.vectors * wide;
+  l.prologue_at = place(call.op == FrameOp::lm_step ? static_cast<int64_t>(sizeof(StepTable<double>)) : prologue);
   at = (at + 127) / 128 * 128;
   l.rows_at = place(l.staged ? static_cast<int64_t>(call.rows) * l.row_bytes : 0);
   l.stages_at = at;

@@ -6,31 +6,44 @@
 
 namespace marquardt {
 
-// Where the numbers of a step lie in shared memory, in the compute type: D and A + (w·D) of the sources and the noise, Y of
-// the sources, then D_y, A_y and the bound.
-constexpr int kStepVectors = kMaxSources + 1;
-enum StepNumber : int { kStepD = 0, kStepA = kStepVectors, kStepY = 2 * kStepVectors, kStepOfY = 3 * kStepVectors };
-static_assert(kStepOfY + 3 == kStepNumbers);
+// Vectors that count. Functions of their own: the registers of the kernels are those of their loops.
+template <FrameAccess>
+MQ_DEVICE __noinline__ uint32_t vectors_of_step(const FrameCall& call, const double* p, bool outputs) {
+  return step_vectors(call, p, outputs);
+}
 
-// The numbers of one sample, for all threads.
+// The table of one sample, for all threads. `vectors` are those that were fetched.
 template <FrameAccess A>
-MQ_DEVICE inline void load_step(const FrameArguments<true>& a, const double* p, unsigned char* shared) {
+MQ_DEVICE __noinline__ void load_step(const FrameArguments<true>& a, const double* p, uint32_t vectors,
+                                      unsigned char* shared) {
   using C = typename Access<A>::C;
-  auto* to = reinterpret_cast<C*>(shared + a.layout.prologue_at);
-  const StepShape s = step_shape(a.call);
-  const bool reads = step_reads_prev(a.call, s, p), direction = step_needs_direction(a.call, reads);
-  const int drawn = s.sources + (s.noisy ? 1 : 0);
-  for (int j = static_cast<int>(threadIdx.x); j < kStepVectors; j += static_cast<int>(blockDim.x)) {
-    const bool there = j < drawn;
-    const int d = j < s.sources ? s.d(j) : s.d_noise();
-    to[kStepD + j] = there && direction ? static_cast<C>(p[d]) : C(0);
-    to[kStepA + j] = there ? static_cast<C>(step_base(s, p, j, reads)) : C(0);
-    to[kStepY + j] = s.clipped && j < s.sources ? static_cast<C>(p[s.y(j)]) : C(0);
-    if (j == 0) {
-      to[kStepOfY] = s.clipped && direction ? static_cast<C>(p[s.d_y()]) : C(0);
-      to[kStepOfY + 1] = s.clipped ? static_cast<C>(step_base_y(s, p, reads)) : C(0);
-      to[kStepOfY + 2] = s.clipped ? static_cast<C>(p[s.bound()]) : C(0);
-    }
+  const FrameCall& call = a.call;
+  auto& table = *reinterpret_cast<StepTable<C>*>(shared + a.layout.prologue_at);
+  const StepShape s = step_shape(call);
+  const bool reads = step_reads_prev(call, s, p), direction = step_needs_direction(call, reads);
+  const auto dtype_of = [&](int v) { return v < call.streams ? call.stream[v].dtype : Access<A>::compute; };
+  const int terms = s.sources + (s.noisy ? 1 : 0);
+  for (int j = static_cast<int>(threadIdx.x); j < terms; j += static_cast<int>(blockDim.x)) {
+    const bool source = j < s.sources;
+    const int v = source ? j : s.noise();
+    const bool there = (vectors >> v & 1u) != 0u;
+    auto& term = table.term[j];
+    term.offset = a.layout.offset[v];
+    term.dtype = dtype_of(v);
+    term.d = there && direction ? static_cast<C>(p[source ? s.d(j) : s.d_noise()]) : C(0);
+    term.a = there ? static_cast<C>(step_base(s, p, j, reads)) : C(0);
+    term.y = there && source && s.clipped ? static_cast<C>(p[s.y(j)]) : C(0);
+  }
+  if (threadIdx.x == 0) {
+    table.terms = terms;
+    table.guided = s.guided;
+    table.clipped = s.clipped;
+    table.d_y = s.clipped && direction ? static_cast<C>(p[s.d_y()]) : C(0);
+    table.a_y = s.clipped ? static_cast<C>(step_base_y(s, p, reads)) : C(0);
+    table.bound = s.clipped ? static_cast<C>(p[s.bound()]) : C(0);
+    table.residual = call.mode != kSnr;
+    table.prev = reads ? a.layout.offset[s.prev()] : -1;
+    table.prev_dtype = reads ? dtype_of(s.prev()) : Access<A>::compute;
   }
   __syncthreads();
 }
@@ -43,70 +56,71 @@ MQ_DEVICE inline void add_term(C c, const C* x, C* sum, bool& begun) {
   begun = true;
 }
 
-// `first` as in fetch.
+// The rows of one slot, of which `valid` elements are there. A function of its own, called by every sweep; places are in
+// shared memory, so that the compiler knows what it reads.
 template <FrameAccess A>
-MQ_DEVICE inline void make_step_rows(const FrameArguments<true>& a, const Share& share, int64_t first,
-                                     const unsigned char* stage, unsigned char* shared) {
+MQ_DEVICE __noinline__ void step_slot(int table_at, int stage_at, int rows_at, int row_bytes, int valid) {
   using C = typename Access<A>::C;
   constexpr int W = Access<A>::W;
-  const FrameCall& call = a.call;
-  const StepShape s = step_shape(call);
-  const auto* number = reinterpret_cast<const C*>(shared + a.layout.prologue_at);
-  const double* p = call.host_parameters ? a.parameters : call.parameters + share.sample * call.parameter_stride;
-  const bool reads = step_reads_prev(call, s, p);
-  const int slot = static_cast<int>(threadIdx.x), plane_bytes = static_cast<int>(blockDim.x) * 16;
-  const int drawn = s.sources + (s.noisy ? 1 : 0);
-  for (int plane = 0; plane < Access<A>::planes; ++plane) {
-    const auto read = [&](int j, C* x) {
-      const int v = j < s.sources ? j : s.noise();
-      read_quad<A>(stage + a.layout.offset[v], v < call.streams ? call.stream[v].dtype : Access<A>::compute, plane,
-                   slot, x);
-    };
-    C e[W] = {}, r[W] = {}, base[W] = {}, y[W] = {};
-    bool any_e = false, any_a = false, any_y = false;
-    MQ_UNROLL(1)
-    for (int j = 0; j < drawn; ++j) {
-      const C d = number[kStepD + j], on_a = number[kStepA + j], on_y = number[kStepY + j];
-      if (d == C(0) && on_a == C(0) && on_y == C(0)) continue;
-      C x[W];
-      read(j, x);
-      add_term<C, W>(d, x, e, any_e);
-      add_term<C, W>(on_a, x, base, any_a);
-      add_term<C, W>(on_y, x, y, any_y);
+  static_assert(Access<A>::planes == 1);
+  unsigned char* shared = shared_memory();
+  const auto& table = *reinterpret_cast<const StepTable<C>*>(shared + table_at);
+  const unsigned char* stage = shared + stage_at;
+  unsigned char* rows = shared + rows_at + static_cast<int>(threadIdx.x) * 16;
+  const auto read = [&](int offset, DType dtype, C* x) {
+    read_quad<A>(stage + offset, dtype, 0, static_cast<int>(threadIdx.x), x);
+  };
+  const auto write = [&](int row, C* x) {
+    for (int w = 0; w < W; ++w) x[w] = w < valid ? x[w] : C(0);
+    write_quad(rows + row * row_bytes, x);
+  };
+  C e[W] = {}, base[W] = {}, y[W] = {};
+  bool any_e = false, any_a = false, any_y = false;
+  MQ_UNROLL(1)
+  for (int j = 0; j < table.terms; ++j) {
+    const auto& term = table.term[j];
+    const C d = term.d, on_a = term.a, on_y = term.y;
+    if (d == C(0) && on_a == C(0) && on_y == C(0)) continue;
+    C x[W];
+    read(term.offset, term.dtype, x);
+    if (j == 1 && table.guided) {
+      C other[W];
+      read(table.term[2].offset, table.term[2].dtype, other);
+      for (int w = 0; w < W; ++w) x[w] -= other[w];
     }
-    if (s.clipped) {  // comparisons that leave a NaN as it is
-      const C bound = number[kStepOfY + 2];
-      for (int w = 0; w < W; ++w) {
-        y[w] = y[w] < -bound ? -bound : y[w];
-        y[w] = y[w] > bound ? bound : y[w];
-      }
-      add_term<C, W>(number[kStepOfY], y, e, any_e);
-      add_term<C, W>(number[kStepOfY + 1], y, base, any_a);
+    add_term<C, W>(d, x, e, any_e);
+    add_term<C, W>(on_a, x, base, any_a);
+    add_term<C, W>(on_y, x, y, any_y);
+  }
+  if (table.clipped) {  // comparisons that leave a NaN as it is
+    const C bound = table.bound;
+    for (int w = 0; w < W; ++w) {
+      y[w] = y[w] < -bound ? -bound : y[w];
+      y[w] = y[w] > bound ? bound : y[w];
     }
-    if (reads) {
-      const int v = s.prev();
-      read_quad<A>(stage + a.layout.offset[v], v < call.streams ? call.stream[v].dtype : Access<A>::compute, plane,
-                   slot, r);
-      if (call.mode != kSnr)
-        for (int w = 0; w < W; ++w) r[w] -= e[w];
-    }
-    const int64_t left = share.end - first - plane * W;
-    const auto write = [&](int row, C* x) {
-      for (int w = 0; w < W; ++w) x[w] = w < left ? x[w] : C(0);
-      write_quad(shared + a.layout.rows_at + row * a.layout.row_bytes + plane * plane_bytes + slot * 16, x);
-    };
-    write(0, e);
-    write(1, r);
-    write(2, base);
+    add_term<C, W>(table.d_y, y, e, any_e);
+    add_term<C, W>(table.a_y, y, base, any_a);
     write(3, y);
   }
+  if (table.prev >= 0) {
+    C r[W];
+    read(table.prev, table.prev_dtype, r);
+    if (table.residual)
+      for (int w = 0; w < W; ++w) r[w] -= e[w];
+    write(1, r);
+  }
+  write(0, e);
+  write(2, base);
 }
 
+// `first` as in fetch.
 template <FrameAccess A>
 MQ_DEVICE inline void make_any_rows(const FrameArguments<true>& a, const Share& share, int64_t first,
                                     const unsigned char* stage, unsigned char* shared) {
-  if (a.call.op == FrameOp::lm_step) return make_step_rows<A>(a, share, first, stage, shared);
-  make_rows<A>(a, share, first, stage, shared);
+  if (a.call.op != FrameOp::lm_step) return make_rows<A>(a, share, first, stage, shared);
+  const int64_t left = share.end - first;
+  const int valid = left >= Access<A>::V ? Access<A>::V : left > 0 ? static_cast<int>(left) : 0;
+  step_slot<A>(a.layout.prologue_at, static_cast<int>(stage - shared), a.layout.rows_at, a.layout.row_bytes, valid);
 }
 
 }  // namespace marquardt

@@ -150,7 +150,7 @@ def test_steps_give_what_is_wanted(wanted: int):
 )
 @pytest.mark.parametrize("variant", [KEEP_NORM, EXTRAPOLATE, SNR])
 def test_steps_of_tables(variant: int, pair):
-    """A table on the device, dense or not, gives the bits of the numbers in the launch; κ = 0 there leaves prev unread."""
+    """A table on the device, dense or not, gives the bits of the numbers in the launch; where κ = 0 prev is unread."""
     x, outputs, prev = step_tensors(*pair)
     rule = {KEEP_NORM: (3.0, 0.4), EXTRAPOLATE: (0.7, 0.0), SNR: (0.1, 1.0)}[variant]
     gate = {KEEP_NORM: 1, EXTRAPOLATE: 0, SNR: 3}[variant]  # in SNR: of the sample, whose numbers are 0 then

@@ -154,8 +154,8 @@ def step(
 ) -> Frame:  # fmt: skip
     """A step of a sampler on (sample, outputs, prev); the noise of SNR is drawn if `noisy`, else given as prev.
 
-    `direction` is True or "state", in whose dtype it then is; `changes` are numbers by their place, as [p] or [B, p] has
-    them: {1: 0.0} or {1: [0.4, 0.0, 0.4]}.
+    `direction` is True or "state", in whose dtype it then is; `changes` are numbers by their place, one or one each:
+    {1: 0.0} or {1: [0.4, 0.0, 0.4]}.
     """
     generator, sources = _generator(seed), 1 + models
     streams = [cases.gaussian(generator, shape).to(pair[min(j, 1)]) for j in range(sources)]

@@ -157,7 +157,7 @@ class TestStep:
 
     @pytest.mark.parametrize("place", [1, 2], ids=["kappa", "weight"])
     def test_unread_in_every_sample(self, emulation, place):
-        """One number for the batch: known to the host there is no Gram at all, known to the device alone one of nothing."""
+        """One number for the batch: no Gram at all if the host knows it, an empty one if only the device does."""
         for host in (True, False):
             clean = dataclasses.replace(whole_step(SHAPE, changes={place: 0.0}), host=host)
             bad = spoiled(clean, 3, slice(None), math.nan)
@@ -185,6 +185,18 @@ class TestStep:
             assert same_bits(found.outputs[0][1], run(emulation, plain, **plan).outputs[0][1]), found.plan[
                 "text"
             ]
+
+    def test_outputs_are_apart(self, emulation):
+        """What spoils e or y alone is not seen in x', although they are outputs too."""
+        joined = step(SHAPE, models=2, direction=True, changes={1: 0.0, 2: 0.5, 5: -0.5, 8: 1.0})
+        bent = step(SHAPE, models=2, clipped=True, converted=True, changes={5: 0.0, 8: 0.0, 9: 0.0, 10: 0.0})
+        for clean in (joined, bent):
+            bad = spoiled(clean, 2, 1, math.nan)
+            for plan in plans(clean):
+                expected, found = run(emulation, clean, **plan), run(emulation, bad, **plan)
+                judge(clean, expected)
+                assert same_bits(expected.outputs[0], found.outputs[0]), found.plan["text"]
+                assert bool(found.outputs[1][1].isnan().all()), found.plan["text"]
 
     def test_y_that_does_not_count(self, emulation):
         """A_y = D_y = 0, and y no output: sources that stand in y alone are not read."""
