@@ -134,6 +134,23 @@ def test_signal_to_noise(pair):
 
 
 @pytest.mark.accuracy
+@pytest.mark.parametrize("guided", [0, GUIDED])
+@pytest.mark.parametrize("size", [4096, 70001])
+def test_small_damping(size: int, guided: int):
+    """The step is nearly orthogonal to e and would magnify the rounding of e a thousandfold: r is summed in double."""
+    generator = torch.Generator().manual_seed(5)
+    sample, first, second = (torch.randn(3, size, generator=generator) for _ in range(3))
+    a, d = [0.9, -0.5, 0.3], [0.0, 0.7, 0.4]
+    e = d[1] * (first - second if guided else first) + d[2] * second
+    prev = e + 1e-3 * torch.randn(3, size, generator=generator)
+    for y in (None, [0.2, 0.6, math.inf, 0.3, 0.8, -0.4]):
+        coef = numbers(a, d, (1e-3, 0.1), y=y)
+        args = (sample, [first, second], prev if y is None else prev + 0.3 * sample, coef, None, KEEP_NORM)
+        wanted = guided | STATE_DIRECTION | DOUBLED
+        assert_near(STEP.plain(*args, wanted, y is not None, 1), definition(*args, wanted, y is not None, 1))
+
+
+@pytest.mark.accuracy
 def test_nearly_parallel():
     """The determinant is lost to float32 products: they are taken again in double."""
     generator = torch.Generator().manual_seed(3)
@@ -218,6 +235,7 @@ def variants():
     return [
         ("plain", 1, (plain, None, KEEP_NORM, 0, False)),
         ("two", 2, (guided, None, EXTRAPOLATE, DIRECTION, False)),
+        ("orthogonal", 2, (numbers(*TERMS["3-2"], (1e-3, 0.1)), None, KEEP_NORM, DIRECTION, False)),
         ("guided", 2, (guided, None, EXTRAPOLATE, DIRECTION | GUIDED, False)),
         ("many", 5, (many, None, KEEP_NORM, STATE_DIRECTION, False)),
         ("bounded", 2, (bounded, None, KEEP_NORM, DIRECTION | CONVERTED, True)),

@@ -1,6 +1,7 @@
 // The frame engine on the CPU: which thread walks which chunk of which sample, and in what order sums are merged.
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <type_traits>
@@ -315,6 +316,7 @@ class FrameRunner {
     }
     FrameMap map;
     map_sample(b, gram, map);
+    if (magnifies(map, b)) retake(b, wanted, scratch, gram, map);
     apply_chunks(b, 0, chunks_of(call_.size), map, scratch);
   }
 
@@ -368,6 +370,21 @@ class FrameRunner {
       gram_sample(b, wanted, true, scratch, gram);
     }
     map_sample(b, gram, map);
+    if (magnifies(map, b)) retake(b, wanted, Scratch<T>(scratch_buffers()), gram, map);
+  }
+
+  // Whether a step takes so large a multiple of r = p − e that the rounding of e, which r inherits, would be seen in x'.
+  bool magnifies(const FrameMap& map, int64_t b) const {
+    constexpr double kLarge = 4.0;
+    const double* p = parameters(b);
+    return is_step() && call_.mode != kSnr && std::fabs(map.c[0][1]) > kLarge * std::fabs(p[2]);
+  }
+
+  // Then its Gram, and its numbers, from rows that are summed in double.
+  void retake(int64_t b, uint32_t wanted, const Scratch<T>& scratch, double* gram, FrameMap& map) const {
+    gram_sample(b, wanted, true, scratch, gram);
+    map_sample(b, gram, map);
+    map.wide = true;
   }
 
   // Splits the flat range [begin, end) of (sample, chunk) into f(sample, first chunk, last chunk).

@@ -2,6 +2,8 @@
 // the kernels, or in scratch where there are more terms than they take.
 #pragma once
 
+#include <limits>
+
 #include "frame/cpu_rows.h"
 #include "frame/step.h"
 
@@ -88,9 +90,9 @@ class StepWalk {
     }
     for (int64_t at = begin; at < begin + n; at += kChunk) {
       const int64_t part = begin + n - at < kChunk ? begin + n - at : kChunk;
-      const StepTerms<T> t = terms(plan, b, at, part, plan.in_direction, p, scratch);
-      const T* rows[2] = {direction_row(t, part, scratch), nullptr};
-      rows[1] = second_row(t, rows[0], part, scratch);
+      const Terms t = terms(plan, b, at, part, plan.in_direction, p, scratch);
+      const T* rows[2];
+      rows_of_gram(plan, t, exact, part, scratch, rows);
       reader_.kernels.gram(rows, 2, 0, GramKind::full, exact, part, acc);
     }
   }
@@ -105,7 +107,7 @@ class StepWalk {
     const int64_t step = in_place_ && !plan.astray ? n : kChunk;
     for (int64_t at = 0; at < n; at += step) {
       const int64_t part = n - at < step ? n - at : step;
-      StepTerms<T> t = terms(plan, b, begin + at, part, plan.count, p, scratch);
+      const Terms t = terms(plan, b, begin + at, part, plan.count, p, scratch);
       const auto behind = [at](T* to) { return to == nullptr ? nullptr : to + at; };
       if (call.step_converted)
         __builtin_memcpy(outs[next] + at, y_buffer(scratch), static_cast<size_t>(part) * sizeof(T));
@@ -116,23 +118,30 @@ class StepWalk {
         continue;
       }
       const T c0 = static_cast<T>(map.c[0][0]), c1 = static_cast<T>(map.c[0][1]);
-      if (call.mode != kSnr && t.in_direction >= 1 &&
+      if (call.mode != kSnr && !map.wide && t.in_direction >= 1 &&
           reader_.kernels.step_apply(t, c0, c1, outs[0] + at, behind(copy), behind(direction), part, streaming))
         continue;
-      in_scratch(t, map, call.outputs - (call.step_converted ? 1 : 0), outs, at, part, scratch);
+      in_scratch(plan, t, map, call.outputs - (call.step_converted ? 1 : 0), outs, at, part, scratch);
     }
   }
 
  private:
+  // The terms, and those of y: where nothing bounds it y is one more sum.
+  struct Terms : StepTerms<T> {
+    StepTerms<T> y;
+    double y_number[kMaxVectors];
+    bool y_is_sum = false;
+  };
+
   static constexpr int kPairRows = 4;  // that kernels of pairs take at most
 
   T* y_buffer(const Scratch<T>& scratch) const { return scratch.buffer(reader_.call.streams + 1); }
   T* row_buffer(int i, const Scratch<T>& scratch) const { return scratch.buffer(reader_.call.streams + 2 + i); }
 
   // The first `count` terms of the plan, and p, over [begin, begin + n) of sample b.
-  StepTerms<T> terms(const StepPlan& plan, int64_t b, int64_t begin, int64_t n, int count, const double* p,
-                     const Scratch<T>& scratch) const {
-    StepTerms<T> t;
+  Terms terms(const StepPlan& plan, int64_t b, int64_t begin, int64_t n, int count, const double* p,
+              const Scratch<T>& scratch) const {
+    Terms t;
     const T* vectors[kMaxVectors] = {};
     const auto vector = [&](int j) {
       if (vectors[j] == nullptr) vectors[j] = reader_.read(j, b, begin, n, in_place_ ? nullptr : scratch.buffer(j));
@@ -151,21 +160,22 @@ class StepWalk {
         t.row[i] = vector(plan.vector[i]);
       } else {
         made = true;
-        t.row[i] = make_y(plan, n, p, vector, scratch);
+        t.row[i] = make_y(plan, n, p, vector, scratch, t);
       }
     }
-    if (plan.y && !made && count == plan.count) make_y(plan, n, p, vector, scratch);  // an output of its own
+    if (plan.y && !made && count == plan.count) make_y(plan, n, p, vector, scratch, t);  // an output of its own
     t.prev = plan.reads ? vector(plan.shape.prev()) : nullptr;
     return t;
   }
 
   template <class Vector>
-  const T* make_y(const StepPlan& plan, int64_t n, const double* p, const Vector& vector,
-                  const Scratch<T>& scratch) const {
-    StepTerms<T> t;
+  const T* make_y(const StepPlan& plan, int64_t n, const double* p, const Vector& vector, const Scratch<T>& scratch,
+                  Terms& all) const {
+    StepTerms<T>& t = all.y;
     t.count = 0;
     t.pair = plan.shape.guided && p[plan.shape.y(1)] != 0.0;
     const auto add = [&](int j) {
+      all.y_number[t.count] = p[plan.shape.y(j)];
       t.row[t.count] = vector(j);
       t.a[t.count++] = static_cast<T>(p[plan.shape.y(j)]);
     };
@@ -175,6 +185,7 @@ class StepWalk {
     T* y = y_buffer(scratch);
     sum(t, t.a, t.count, y, n, false);
     const T bound = static_cast<T>(p[plan.shape.bound()]);
+    all.y_is_sum = bound > std::numeric_limits<T>::max();
     reader_.kernels.clamp(y, -bound, bound, n);
     return y;
   }
@@ -212,6 +223,47 @@ class StepWalk {
     }
   }
 
+  // e and r = p − e: float sums, or double ones that are rounded once, so that r keeps what e lost.
+  void rows_of_gram(const StepPlan& plan, const Terms& t, bool wide, int64_t n, const Scratch<T>& scratch,
+                    const T** rows) const {
+    if (!wide || reader_.call.mode == kSnr || (t.in_direction == 1 && t.d[0] == T(1))) {
+      rows[0] = direction_row(t, n, scratch);
+      rows[1] = second_row(t, rows[0], n, scratch);
+      return;
+    }
+    rows[0] = wide_row(plan, t, false, n, row_buffer(0, scratch));
+    rows[1] = wide_row(plan, t, true, n, row_buffer(1, scratch));
+  }
+
+  // Σ d_j s_j, or p less that, with sums in double.
+  const T* wide_row(const StepPlan& plan, const Terms& t, bool residual, int64_t n, T* to) const {
+    const T* rows[kMaxVectors];
+    double numbers[kMaxVectors];
+    int count = 0;
+    const auto add = [&](const T* row, double number) {
+      rows[count] = row;
+      numbers[count++] = number;
+    };
+    if (residual) add(t.prev, 1.0);
+    const double sign = residual ? -1.0 : 1.0;
+    // A residual s_1 − s_0 in front, of a step or of y, counts with −d_1 for its base.
+    const auto number = [](const double* d, bool pair, int j) { return j == 0 && pair ? d[0] - d[1] : d[j]; };
+    for (int j = 0; j < t.in_direction; ++j) {
+      const double d = sign * number(plan.d, t.pair, j);
+      if (plan.vector[j] == StepPlan::kY && t.y_is_sum) {
+        for (int i = 0; i < t.y.count; ++i) add(t.y.row[i], d * number(t.y_number, t.y.pair, i));
+      } else if (d != 0.0) {
+        add(t.row[j], d);
+      }
+    }
+    if (count == 0) {
+      __builtin_memset(to, 0, static_cast<size_t>(n) * sizeof(T));
+    } else {
+      reader_.kernels.apply_wide(rows, count, numbers, 1, &to, n, false);
+    }
+    return to;
+  }
+
   const T* direction_row(const StepTerms<T>& t, int64_t n, const Scratch<T>& scratch) const {
     if (t.in_direction == 1 && t.d[0] == T(1)) return t.row[0];
     T* e = row_buffer(0, scratch);
@@ -224,20 +276,20 @@ class StepWalk {
     return difference(t.prev, e, row_buffer(1, scratch), n);
   }
 
-  void in_scratch(const StepTerms<T>& whole, const FrameMap& map, int outputs, T* const* outs, int64_t from, int64_t n,
-                  const Scratch<T>& scratch) const {
+  void in_scratch(const StepPlan& plan, const Terms& whole, const FrameMap& map, int outputs, T* const* outs,
+                  int64_t from, int64_t n, const Scratch<T>& scratch) const {
     T c[kMaxOutputs * 3];
     for (int i = 0; i < outputs; ++i)
       for (int j = 0; j < 3; ++j) c[3 * i + j] = static_cast<T>(map.c[i][j]);
     for (int64_t at = 0; at < n; at += kChunk) {
       const int64_t part = n - at < kChunk ? n - at : kChunk;
-      StepTerms<T> t = whole;
+      Terms t = whole;
       for (int j = 0; j < t.count; ++j) t.row[j] += at;
       t.prev += at;
       T *a = row_buffer(2, scratch), *to[kMaxOutputs];
       sum(t, t.a, t.count, a, part, false);
-      const T* e = direction_row(t, part, scratch);
-      const T* rows[3] = {e, second_row(t, e, part, scratch), a};
+      const T* rows[3] = {nullptr, nullptr, a};
+      rows_of_gram(plan, t, map.wide, part, scratch, rows);
       for (int i = 0; i < outputs; ++i) to[i] = outs[i] + from + at;
       reader_.kernels.apply(rows, 3, 0, c, outputs, to, part, false);
     }
