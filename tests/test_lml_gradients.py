@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import torch
@@ -115,13 +114,12 @@ def results(name: str):
 def quick_set(request) -> None:
     """The definition is slow: in the quick set it meets a few functions, scalars of one form, and no compiler."""
     given = request.node.callspec.params
-    full = request.config.getoption("--full") or os.environ.get("FULL") == "1"
     if given["target"].backend != "reference":
         return
     if request.node.get_closest_marker("compile"):
         pytest.skip("plain PyTorch: minutes of tracing that say nothing of ours")
-    if not full and (given.get("per_sample") or given.get("name") not in TWICE):
-        pytest.skip("slow: run with --full")
+    if given.get("per_sample") or given.get("name") not in TWICE:
+        pytest.skip("the definition is slow, and its derivative PyTorch's: a few functions are enough")
 
 
 @pytest.mark.gradcheck
