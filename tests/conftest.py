@@ -52,6 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def same_draws():
+    """Whatever a test draws from the default generator (gradgradcheck does) is the same in every process and order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def backend_of_target(request):
     """A test with a target runs on its backend from end to end, backward passes included."""
     target = getattr(request.node, "callspec", None) and request.node.callspec.params.get("target")
