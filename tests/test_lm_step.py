@@ -98,9 +98,7 @@ def test_terms(name: str, pair):
                     )
                     found = STEP.plain(*args, False, 1)
                     expected = definition(*args, False, 1)
-                    if pair[0] == f16 and name == "6-0":
-                        continue  # no direction: the zero of it has no norm
-                    keep = slice(0, 1) if name == "6-0" else slice(None)
+                    keep = slice(0, 1) if name == "6-0" else slice(None)  # a direction of 0 has no norm
                     assert_near(found[keep], expected[keep])
 
 
@@ -305,7 +303,7 @@ def test_layouts(variant):
 
 
 @pytest.mark.strides
-def test_empty_and_huge():
+def test_empty():
     for shape in ((0, 4), (3, 0), (0, 3, 0)):
         sample, outputs, prev = torch.zeros(shape), [torch.zeros(shape)], torch.zeros(shape)
         found = STEP.plain(

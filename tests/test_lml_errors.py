@@ -350,3 +350,9 @@ class TestOut:
             changes = {"out": out, which: given.requires_grad_()}
             refused(target, "langevin_step", changes, (RuntimeError, ValueError), ("grad",))
             assert bool((out == 7).all())
+
+
+@pytest.mark.parametrize("function", RIGHT)
+@pytest.mark.parametrize("given", [None, "text", [1.0]], ids=str)
+def test_state_that_is_no_tensor(target: Target, function: str, given):
+    refused(target, function, {STATE[function]: given}, TypeError, (STATE[function], "tensor"))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from marquardt.samplers import LMLDDIM, LMLDPMSolver, LMLFlowEuler, base, schedules
+from marquardt.lml_coefficients import PREDICTIONS
+from marquardt.samplers import LMLDDIM, LMLDPMSolver, LMLFlowEuler, schedules
 from sampler_runs import ALL, LM, SHAPE, close, every, network, normal, published_lm, run
 
 # ---- steps against the published formulas ------------------------------------------------------------
@@ -44,7 +45,7 @@ def ddim_by_hand(sampler, kind, eta=0.0, lm=None, clip=None, threshold=None, noi
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("lm", [None, LM], ids=["plain", "lm"])
-@pytest.mark.parametrize("kind", base.PREDICTIONS)
+@pytest.mark.parametrize("kind", PREDICTIONS)
 def test_ddim_is_the_published_formula(kind, lm):
     sampler = LMLDDIM(clip_sample=False, prediction_type=kind, **(lm or {}))
     close(run(sampler), ddim_by_hand(sampler, kind, lm=lm))

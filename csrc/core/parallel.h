@@ -8,6 +8,9 @@ namespace marquardt {
 // Threads a loop may use here (1 inside another parallel region).
 int64_t thread_count();
 
+// The cache that a core has to itself.
+int64_t core_cache_bytes();
+
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
 // Calls f on ranges that cover [0, n); ranges are contiguous, one per thread, and may run at the same time.

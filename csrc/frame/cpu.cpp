@@ -1,6 +1,4 @@
 // The frame engine on the CPU: which thread walks which chunk of which sample, and in what order sums are merged.
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdlib>
 #include <stdexcept>
@@ -41,18 +39,6 @@ namespace {
 
 // Below this many bytes of traffic one thread does it all: waking a second costs more than it brings.
 constexpr int64_t kSerialBytes = 256 << 10;
-
-// The cache that a core has to itself.
-int64_t core_cache_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (found > 0) return found;
-#endif
-    return int64_t{1} << 20;
-  }();
-  return bytes;
-}
 
 // Samples this small take their products in double at once: it costs nothing there.
 constexpr int64_t kExactSize = 256;

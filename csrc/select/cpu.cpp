@@ -1,6 +1,4 @@
 // Dynamic thresholding on the CPU: which thread takes which sample, or which part of one.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -147,17 +145,6 @@ void select_keys(const SelectCall& call) {
 // --- the result ------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kBlock = 2048;  // numbers of a 16-bit type that pass through float32 at a time
-
-int64_t core_cache_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (found > 0) return found;
-#endif
-    return int64_t{1} << 20;
-  }();
-  return bytes;
-}
 
 // n numbers of one sample.
 void rescale(DType dtype, const char* x, double s, char* out, int64_t n, bool streaming) {

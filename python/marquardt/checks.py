@@ -58,6 +58,12 @@ def like(op: str, argument: str, t: Any, first: str, state: Tensor) -> None:
         raise errors.kind(op, argument, rule, name(t.dtype))
 
 
+def one_of(op: str, argument: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuses what is not among `allowed`."""
+    if value not in allowed:
+        raise errors.value(op, argument, f"be one of {', '.join(map(repr, allowed))}", repr(value))
+
+
 def batched(op: str, argument: str, t: Tensor, batch_dims: int) -> None:
     """One or no batch dimension, and a tensor that has it."""
     if batch_dims not in (0, 1):

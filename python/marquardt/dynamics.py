@@ -10,10 +10,10 @@ import torch
 from . import checks, errors, scalars
 from . import lml_coefficients as numbers
 from .langevin import AFFINE, affine_step
-from .lml_common import on_host, scalar, state_like
+from .lml_common import on_host, scalar, state, state_like
 from .lowrank import lowrank_inv_sqrt, lowrank_solve
 from .lowrank_hessian import LowRankHessian
-from .noise import Generator, draw_seed
+from .noise import Generator, draw_seed, one_source
 from .scalars import Scalar
 from .step import SNR, STATE_DIRECTION, Step, rename
 
@@ -27,19 +27,6 @@ def _at_least_zero(op: str, name: str, value: Any) -> None:
     for known in on_host(value):
         if not (known >= 0 and math.isfinite(known)):
             raise errors.value(op, name, "be finite and >= 0", known)
-
-
-def _state(op: str, name: str, t: Any, batch_dims: int) -> None:
-    checks.floating(op, name, t)
-    checks.batched(op, name, t, batch_dims)
-
-
-def _one_source(op: str, noise: Tensor | None, generator: Generator, seed: Any) -> None:
-    """Noise comes from one place."""
-    if noise is not None:
-        for name, given in (("generator", generator), ("seed", seed)):
-            if given is not None:
-                raise errors.value(op, "noise", f"come without {name}", "both")
 
 
 def _is_zero(x: Scalar) -> bool:
@@ -88,7 +75,7 @@ def langevin_step(
         raise errors.value(
             op, "step", "be given, or snr, and not both", "both" if snr is not None else "neither"
         )
-    _one_source(op, noise, generator, seed)
+    one_source(op, noise, generator, seed)
     _at_least_zero(op, "temperature", scalar(op, "temperature", temperature, x, batch_dims, "x"))
     if snr is not None:
         _at_least_zero(op, "snr", scalar(op, "snr", snr, x, batch_dims, "x"))
@@ -121,13 +108,13 @@ def _plain(
         terms.append(noise)
         values.append(scale)
     elif not _is_zero(scale):
-        _state(op, "x", x, batch_dims)
+        state(op, x, batch_dims, "x")
         drawn = draw_seed(op, x, generator, seed, batch_dims)
         values.append(scale)
     if all(type(v) is float for v in values):
         coef = scalars.of_floats(tuple(values))  # type: ignore[arg-type]
     else:
-        _state(op, "x", x, batch_dims)
+        state(op, x, batch_dims, "x")
         coef = scalars.pack(op, ("x", "step", "temperature")[: len(values)], values, x, batch_dims)
     try:
         if out is None:
@@ -143,7 +130,7 @@ def _by_ratio(
     batch_dims: int,
 ) -> Tensor:  # fmt: skip
     op = "langevin_step"
-    _state(op, "x", x, batch_dims)
+    state(op, x, batch_dims, "x")
     r, t = (
         scalar(op, "snr", snr, x, batch_dims, "x"),
         scalar(op, "temperature", temperature, x, batch_dims, "x"),
@@ -163,7 +150,7 @@ def _preconditioned(
 ) -> Tensor:  # fmt: skip
     """Three passes: H⁻¹ score, H^(−1/2) ξ, and their sum."""
     op = "langevin_step"
-    _state(op, "x", x, batch_dims)
+    state(op, x, batch_dims, "x")
     checks.like(op, "score", score, "x", x)
     if noise is not None:
         checks.like(op, "noise", noise, "x", x)
@@ -275,14 +262,13 @@ def underdamped_langevin_step(
     (tensor([[0.9900]]), tensor([[-0.1000]]))
     """
     op = "underdamped_langevin_step"
-    if scheme not in SCHEMES:
-        raise errors.value(op, "scheme", f"be one of {', '.join(SCHEMES)}", repr(scheme))
+    checks.one_of(op, "scheme", scheme, SCHEMES)
     if start and finish:
         raise errors.value(op, "start", "come without finish", "both")
     if (start or finish) and scheme == "euler":
         raise errors.value(op, "scheme", "be baoab or obabo where start or finish is asked", repr(scheme))
-    _one_source(op, noise, generator, seed)
-    _state(op, "x", x, batch_dims)
+    one_source(op, noise, generator, seed)
+    state(op, x, batch_dims, "x")
     state_like(op, "v", v, x, "x")
     named = (("step", step), ("friction", friction), ("temperature", temperature))
     h, gamma, t = (scalar(op, name, value, x, batch_dims, "x") for name, value in named)
@@ -293,10 +279,6 @@ def underdamped_langevin_step(
     made.add("v", v, on_x[1], on_v[1])
     made.add("score", score, on_x[2], on_v[2])
     if not (_is_zero(on_x[3]) and _is_zero(on_v[3])):
-        if noise is not None:
-            made.add("noise", noise, on_x[3], on_v[3])
-        else:
-            made.seed = draw_seed(op, x, generator, seed, batch_dims)
-            made.noise = (on_x[3], on_v[3])
+        made.add_noise(on_x[3], on_v[3], noise, generator, seed)
     new_x, new_v, _ = made.run(STATE_DIRECTION)
     return new_x, new_v

@@ -10,7 +10,7 @@ import torch
 from . import checks, errors, scalars
 from .declare import Op
 from .layout import batch_and_size, empty_output
-from .noise import Generator, draw_seed
+from .noise import Generator, draw_seed, one_source
 from .reference import langevin as reference
 from .scalars import Scalar
 
@@ -143,10 +143,8 @@ def _add_noise(
     batch_dims: int,
 ) -> Tensor | None:
     """Appends the noise and its scale: as one more term if it is given, else as a seed, which is returned."""
+    one_source("affine_step", noise, generator, seed)
     if noise is not None:
-        for name, given in (("generator", generator), ("seed", seed)):
-            if given is not None:
-                raise errors.value("affine_step", "noise", f"come without {name}", "both")
         terms.append(noise)
         values.append(scale)
         return None

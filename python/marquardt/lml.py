@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from . import errors
+from . import checks, errors
 from . import lml_coefficients as numbers
 from .lml_coefficients import Pair
 from .lml_common import (
@@ -21,9 +21,9 @@ from .lml_common import (
     guided,
     key_of,
     on_host,
-    one_of,
     scalar,
     scale_of_x0,
+    state,
     warn_orthogonal,
     within,
 )
@@ -111,6 +111,7 @@ def lml_ddim_step(
             outputs = [model_output] if guidance is None else [model_output, guidance[0]]
             new, direction, _ = recipe.run(op, sample, outputs, prev_eps, doubled, batch_dims)
             return new, direction if recipe.wanted & DIRECTION else model_output
+    state(op, sample, batch_dims)
     alpha_bar, alpha_bar_next, damping, kappa, extrapolation, eta, clip = (
         scalar(op, name, value, sample, batch_dims)
         for name, value in (
@@ -119,7 +120,7 @@ def lml_ddim_step(
         )
     )  # fmt: skip
     variant, rule, prev = lm_rule(op, prev_eps, "prev_eps", damping, kappa, extrapolation)
-    one_of(op, "prediction_type", prediction_type, numbers.PREDICTIONS)
+    checks.one_of(op, "prediction_type", prediction_type, numbers.PREDICTIONS)
     _check_alphas(op, alpha_bar, alpha_bar_next, prediction_type, use_clipped_output)
     within(op, "eta", eta, 0.0, math.inf, "be >= 0")
     bounds(op, clip, threshold)
@@ -129,7 +130,7 @@ def lml_ddim_step(
     if use_clipped_output and not bounded:
         use_clipped_output = False
     if variant != EXTRAPOLATE and prev is not None:
-        warn_orthogonal(op, kappa, damping, float(sample[0].numel() if batch_dims else sample.numel()))
+        warn_orthogonal(op, kappa, damping, sample, batch_dims)
 
     base = Pair(0.0, 0.0) if bounded else at.base
     eps = Pair(1.0 / at.sigma, 0.0) if use_clipped_output else at.eps
@@ -141,7 +142,9 @@ def lml_ddim_step(
     if bounded:
         bound: Scalar = 1.0 if clip is None else clip
         if threshold is not None:
-            divisor = scale_of_x0(op, sample, model_output, uncond, scale, x0, threshold, batch_dims)
+            divisor = scale_of_x0(
+                op, sample, "model_output", model_output, uncond, scale, x0, threshold, batch_dims
+            )
             x0 = x0.times(1.0 / divisor)
         step.y = (at.on_x0, -at.alpha / at.sigma if use_clipped_output else 0.0, bound)
     step.on_y, step.key = [x0.x], key
@@ -214,6 +217,7 @@ def lml_flow_step(
             outputs = [velocity] if guidance is None else [velocity, guidance[0]]
             made, direction, _ = recipe.run(op, sample, outputs, prev_velocity, doubled, batch_dims)
             return made, direction if recipe.wanted & DIRECTION else velocity
+    state(op, sample, batch_dims)
     dt, sigma, sigma_next, damping, kappa, extrapolation = (
         scalar(op, name, value, sample, batch_dims)
         for name, value in (
@@ -225,7 +229,7 @@ def lml_flow_step(
     uncond, scale = guided(op, guidance, sample, batch_dims)
     on_x, weight, heat = _flow_numbers(op, dt, sigma, sigma_next, stochastic)
     if variant != EXTRAPOLATE and prev is not None:
-        warn_orthogonal(op, kappa, damping, float(sample[0].numel() if batch_dims else sample.numel()))
+        warn_orthogonal(op, kappa, damping, sample, batch_dims)
     step = Step(
         op,
         sample,
@@ -237,7 +241,7 @@ def lml_flow_step(
         variant=variant,
         rule=rule,
     )
-    step.weight, step.on_y, step.key = weight, [0.0], key
+    step.weight, step.key = weight, key
     add_output(step, "velocity", velocity, uncond, scale, 0.0, 1.0)
     add_noise(step, heat, noise, generator, seed)
     step.active = checked_active(op, active, sample, batch_dims)

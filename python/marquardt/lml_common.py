@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from . import checks, errors
 from . import lml_coefficients as numbers
 from .layout import batch_and_size
 from .lml_coefficients import Pair
-from .noise import Generator, draw_seed
+from .noise import Generator, one_source
 from .scalars import Scalar, column
 from .step import STATE_DIRECTION, Step, rename
 from .threshold import threshold_scale
@@ -39,8 +38,12 @@ def key_of(
     return (op, rule, prev is None, guidance[1], rest)
 
 
-def warn_orthogonal(op: str, kappa: Any, damping: Any, square: float) -> None:
-    """κ‖e‖² ≫ λ: the damped inverse takes the whole of e along the mix away. Known without looking at the data."""
+def warn_orthogonal(
+    op: str, kappa: Any, damping: Any, sample: Tensor, batch_dims: int, unit: float = 1.0
+) -> None:
+    """κ‖e‖² ≫ λ: the damped inverse takes all of e that lies along the mix away. The data are not looked at: their
+    elements are taken to be about `unit`."""
+    square = unit * unit * batch_and_size(sample, batch_dims)[1]
     if op in _warned or type(kappa) is not float or type(damping) is not float or kappa == 0.0:
         return
     if abs(kappa) * square > 1e3 * damping:
@@ -85,23 +88,14 @@ def add_output(
 
 
 def add_noise(step: Step, scale: Scalar, noise: Tensor | None, generator: Generator, seed: Any) -> None:
-    """ξ with this scale: given, or drawn in the kernel. Nothing where the scale is a plain 0."""
-    if noise is not None:
-        for name, given in (("generator", generator), ("seed", seed)):
-            if given is not None:
-                raise errors.value(step.op, "noise", f"come without {name}", "both")
-    if not isinstance(scale, (torch.Tensor, torch.SymFloat)) and scale == 0:
-        return
-    if noise is not None:
-        step.add("noise", noise, scale, 0.0)
-        return
-    checks.floating(step.op, "sample", step.sample)
-    checks.batched(step.op, "sample", step.sample, step.batch_dims)
-    step.seed = draw_seed(step.op, step.sample, generator, seed, step.batch_dims)
-    step.noise = (scale, 0.0)
+    """ξ with this scale in x'. Nothing where the scale is a plain 0."""
+    one_source(step.op, noise, generator, seed)
+    if isinstance(scale, (torch.Tensor, torch.SymFloat)) or scale != 0:
+        step.add_noise(scale, 0.0, noise, generator, seed)
 
 
 def checked_active(op: str, active: Any, sample: Tensor, batch_dims: int) -> Tensor | None:
+    """bool [B]."""
     if active is None:
         return None
     if not isinstance(active, torch.Tensor) or active.dtype != torch.bool:
@@ -136,9 +130,14 @@ def scalar(op: str, name: str, value: Any, sample: Any, batch_dims: int, sample_
     """A number as a float or a float64 tensor, 0-dim or [B]; None stays None."""
     if type(value) is float or value is None:
         return value
-    checks.floating(op, sample_name, sample)
-    checks.batched(op, sample_name, sample, batch_dims)
+    state(op, sample, batch_dims, sample_name)
     return numbers.wide(column(op, name, value, batch_and_size(sample, batch_dims)[0], batch_dims))
+
+
+def state(op: str, sample: Any, batch_dims: int, name: str = "sample") -> None:
+    """A floating tensor with its batch."""
+    checks.floating(op, name, sample)
+    checks.batched(op, name, sample, batch_dims)
 
 
 def state_like(op: str, name: str, t: Any, sample: Any, sample_name: str = "sample") -> None:
@@ -148,12 +147,8 @@ def state_like(op: str, name: str, t: Any, sample: Any, sample_name: str = "samp
         raise errors.kind(op, name, rule, checks.name(t.dtype))
 
 
-def one_of(op: str, name: str, value: Any, names: Sequence[str]) -> None:
-    if value not in names:
-        raise errors.value(op, name, f"be one of {', '.join(names)}", repr(value))
-
-
 def bounds(op: str, clip: Scalar | None, threshold: Any) -> None:
+    """x₀ is held by one of the two, if at all."""
     if clip is not None and threshold is not None:
         raise errors.value(op, "clip", "come without threshold", "both")
     within(op, "clip", clip, 0.0, math.inf, "be >= 0")
@@ -162,12 +157,12 @@ def bounds(op: str, clip: Scalar | None, threshold: Any) -> None:
 
 
 def scale_of_x0(
-    op: str, sample: Tensor, model_output: Tensor, uncond: Tensor | None, scale: Scalar, x0: Pair, threshold: Any,
+    op: str, sample: Tensor, name: str, output: Tensor, uncond: Tensor | None, scale: Scalar, x0: Pair, threshold: Any,
     batch_dims: int,
 ) -> Tensor:  # fmt: skip
     """The divisor of dynamic thresholding, [B]: a pass for x₀ and a selection."""
     step = Step(op, sample, batch_dims, [0.0], [x0.x], weight=0.0)
-    add_output(step, "model_output", model_output, uncond, scale, 0.0, x0.g)
+    add_output(step, name, output, uncond, scale, 0.0, x0.g)
     predicted = step.run(STATE_DIRECTION)[1]
     try:
         divisor = threshold_scale(predicted, threshold[0], threshold[1], batch_dims)[:, 0]

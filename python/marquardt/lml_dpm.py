@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import errors
+from . import checks, errors
 from . import lml_coefficients as numbers
 from .lml_common import (
     Guidance,
@@ -17,9 +17,9 @@ from .lml_common import (
     bounds,
     guided,
     key_of,
-    one_of,
     scalar,
     scale_of_x0,
+    state,
     state_like,
     warn_orthogonal,
 )
@@ -64,13 +64,30 @@ def _sequence(op: str, name: str, values: Any, count: int, sample: Any, batch_di
 def _check_dpm(
     op: str, order: Any, algorithm: str, solver_type: str, third_order: str, apply_to: str
 ) -> None:
-    one_of(op, "algorithm", algorithm, numbers.ALGORITHMS)
-    one_of(op, "solver_type", solver_type, numbers.SOLVERS)
-    one_of(op, "third_order", third_order, numbers.THIRD_ORDERS)
-    one_of(op, "apply_to", apply_to, ("increment", "direction"))
+    checks.one_of(op, "algorithm", algorithm, numbers.ALGORITHMS)
+    checks.one_of(op, "solver_type", solver_type, numbers.SOLVERS)
+    checks.one_of(op, "third_order", third_order, numbers.THIRD_ORDERS)
+    checks.one_of(op, "apply_to", apply_to, ("increment", "direction"))
     highest = 2 if algorithm == "sde-dpmsolver" else 3
     if order not in range(1, highest + 1):
         raise errors.value(op, "order", f"be 1 to {highest} for {algorithm}", order)
+
+
+def _history(op: str, outputs: Any, order: int) -> list[Tensor]:
+    history = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    if len(history) < order:
+        raise errors.value(op, "outputs", f"hold at least {order} tensors for order {order}", len(history))
+    return history
+
+
+def _check_converted(op: str, prediction_type: str | None, guidance: Any, clip: Any, threshold: Any) -> None:
+    """Guidance and bounds are for what a network gave."""
+    if prediction_type is not None:
+        return checks.one_of(op, "prediction_type", prediction_type, numbers.PREDICTIONS)
+    for name, given in (("guidance", guidance), ("clip", clip), ("threshold", threshold)):
+        if given is not None:
+            rule = "come with prediction_type: converted outputs are taken as they are"
+            raise errors.value(op, name, rule, given)
 
 
 def _check_noise_levels(op: str, lambdas: list[Scalar]) -> None:
@@ -162,9 +179,9 @@ def lml_dpm_step(
             new, increment, _ = recipe.run(op, sample, outputs[:order], prev_increment, doubled, batch_dims)
             return new, increment
     _check_dpm(op, order, algorithm, solver_type, third_order, apply_to)
-    history = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    if len(history) < order:
-        raise errors.value(op, "outputs", f"hold at least {order} tensors for order {order}", len(history))
+    history = _history(op, outputs, order)
+    _check_converted(op, prediction_type, guidance, clip, threshold)
+    state(op, sample, batch_dims)
     lam, alpha, sigma = (
         _sequence(op, name, values, order + 1, sample, batch_dims)
         for name, values in (("lambdas", lambdas), ("alphas", alphas), ("sigmas", sigmas))
@@ -180,54 +197,25 @@ def lml_dpm_step(
     variant, rule, prev = lm_rule(op, prev_increment, "prev_increment", damping, kappa, extrapolation)
     if algorithm.startswith("sde") and not lm_on_sde:
         prev = None
-    if prediction_type is None:
-        for name, given in (("guidance", guidance), ("clip", clip), ("threshold", threshold)):
-            if given is not None:
-                raise errors.value(
-                    op, name, "come with prediction_type: converted outputs are taken as they are", given
-                )
-    else:
-        one_of(op, "prediction_type", prediction_type, numbers.PREDICTIONS)
     at = numbers.dpm(algorithm, order, solver_type, third_order, lam, alpha, sigma)
     if variant != EXTRAPOLATE and prev is not None:
-        scale = 1.0 if apply_to == "direction" else at.prefactor
-        size = float(sample[0].numel() if batch_dims else sample.numel())
-        if isinstance(scale, float):
-            warn_orthogonal(op, kappa, damping, size * scale * scale)
+        unit = 1.0 if apply_to == "direction" else at.prefactor
+        if isinstance(unit, float):
+            warn_orthogonal(op, kappa, damping, sample, batch_dims, unit)
 
     weight: Scalar = 1.0
     direction = at.direction
     if apply_to == "direction":
         weight, direction = at.prefactor, tuple(c / at.prefactor for c in direction)
-    step = Step(
-        op,
-        sample,
-        batch_dims,
-        [at.on_x],
-        [0.0],
-        prev=prev,
-        prev_name="prev_increment",
-        variant=variant,
-        rule=rule,
-    )
-    step.weight, step.key = weight, key
+    step = Step(op, sample, batch_dims, [at.on_x], [0.0], variant=variant, rule=rule, weight=weight, key=key)
+    step.prev, step.prev_name = prev, "prev_increment"
     kept: Tensor | None = None
     converts = prediction_type is not None
     if converts:
         kept = _add_raw(
-            step,
-            history[0],
-            prediction_type,
-            algorithm,
-            alpha[1],
-            sigma[1],
-            direction[0],
-            clip,
-            threshold,
-            guidance,
-        )
+            step, history[0], prediction_type, algorithm, alpha[1], sigma[1], direction[0], clip, threshold, guidance
+        )  # fmt: skip
     else:
-        step.on_y = [0.0]
         step.add("outputs[0]", history[0], 0.0, direction[0])
     for j in range(1, order):
         step.add(f"outputs[{j}]", history[j], 0.0, direction[j])
@@ -251,15 +239,12 @@ def _add_raw(
     wanted, bounded = x0 if on_data else eps, clip is not None or threshold is not None
     own = prediction == ("sample" if on_data else "epsilon")  # conversion is the identity
     if own and not bounded and uncond is None:
-        step.on_y = [0.0]
         step.add("outputs[0]", output, 0.0, d)
         return output
     bound: Scalar = math.inf if clip is None else clip
     if threshold is not None:
-        x0, bound = (
-            x0.times(1.0 / scale_of_x0(op, sample, output, uncond, scale, x0, threshold, batch_dims)),
-            1.0,
-        )
+        divisor = scale_of_x0(op, sample, "outputs[0]", output, uncond, scale, x0, threshold, batch_dims)
+        x0, bound = x0.times(1.0 / divisor), 1.0
         wanted = x0 if on_data else wanted
     if bounded and not on_data:  # m_0 = (x − α·y)/σ with y the bounded x₀; kept by a pass of its own
         a, s = numbers.wide(alpha), numbers.wide(sigma)

@@ -41,6 +41,15 @@ def draw_seed(op: str, x: Tensor, generator: Generator, seed: Tensor | int | Non
     return torch.stack([_draw(x, g) for g in generators])
 
 
+def one_source(op: str, noise: Tensor | None, generator: Generator, seed: Tensor | int | None) -> None:
+    """Noise that is given comes from nowhere else."""
+    if noise is None:
+        return
+    for name, given in (("generator", generator), ("seed", seed)):
+        if given is not None:
+            raise errors.value(op, "noise", f"come without {name}", "both")
+
+
 def _draw(x: Tensor, generator: torch.Generator) -> Tensor:
     """A CPU generator serves CUDA data as in diffusers: drawn on the host, then copied."""
     if not isinstance(generator, torch.Generator):

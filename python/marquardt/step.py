@@ -16,7 +16,8 @@ import torch
 from . import checks, declare, errors, scalars
 from .declare import Op
 from .hessian import BACKWARD as LM_BACKWARD
-from .layout import batch_and_size, empty_output, empty_twice
+from .layout import empty_output, empty_twice
+from .noise import Generator, draw_seed
 from .reference import lml as reference
 from .reference.lml import (
     CONVERTED,
@@ -260,7 +261,7 @@ class Step:
     seed: Tensor | None = None
     noise: tuple[Scalar, Scalar] = (0.0, 0.0)
     y: tuple[Scalar, Scalar, Scalar] | None = None  # A_y, D_y, bound
-    on_y: list[Scalar] = field(default_factory=list)
+    on_y: list[Scalar] = field(default_factory=lambda: [0.0])  # of the sample, then of the outputs
     active: Tensor | None = None
     name: str = "sample"
     guided: bool = False  # the first output is taken as its residual against the second
@@ -273,6 +274,18 @@ class Step:
         self.a.append(a)
         self.d.append(d)
         self.on_y.append(y)
+
+    def add_noise(
+        self, a: Scalar, d: Scalar, noise: Tensor | None, generator: Generator, seed: Tensor | int | None
+    ) -> None:
+        """ξ: given, or drawn in the kernel."""
+        if noise is not None:
+            self.add("noise", noise, a, d)
+            return
+        checks.floating(self.op, self.name, self.sample)
+        checks.batched(self.op, self.name, self.sample, self.batch_dims)
+        self.seed = draw_seed(self.op, self.sample, generator, seed, self.batch_dims)
+        self.noise = (a, d)
 
     def columns(self) -> list[Scalar]:
         """All numbers in the order of `Columns`."""
@@ -382,8 +395,3 @@ def lm_rule(
     if kappa is None:
         return KEEP_NORM, (0.0 if damping is None else damping, 0.0), None
     return KEEP_NORM, (0.0 if damping is None else damping, kappa), prev
-
-
-def size_of(sample: Tensor, batch_dims: int) -> int:
-    """D."""
-    return batch_and_size(sample, batch_dims)[1]

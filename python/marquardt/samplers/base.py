@@ -16,7 +16,6 @@ from ..scalars import Scalar
 
 Tensor = torch.Tensor
 Guidance = tuple[Tensor, Scalar] | None
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = (None, "learned", "learned_range")
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from .. import errors
+from .. import checks, errors
 from ..lml import lml_ddim_step
+from ..lml_coefficients import PREDICTIONS
 from ..scalars import Scalar
 from . import schedules
-from .base import PREDICTIONS, VARIANCES, Correction, Generator, Guidance, Sampler
+from .base import VARIANCES, Correction, Generator, Guidance, Sampler
 
 Tensor = torch.Tensor
 
@@ -74,9 +75,9 @@ class LMLDDIM(Sampler):
         freeze: float = 0.0,
     ) -> None:
         op = type(self).__name__
-        schedules.one_of(op, "prediction_type", prediction_type, PREDICTIONS)
-        schedules.one_of(op, "timestep_spacing", timestep_spacing, schedules.SPACINGS)
-        schedules.one_of(op, "variance_type", variance_type, VARIANCES)
+        checks.one_of(op, "prediction_type", prediction_type, PREDICTIONS)
+        checks.one_of(op, "timestep_spacing", timestep_spacing, schedules.SPACINGS)
+        checks.one_of(op, "variance_type", variance_type, VARIANCES)
         correction = Correction.checked(op, damping, kappa, extrapolation, freeze)
         super().__init__(correction, num_train_timesteps, variance_type)
         betas = schedules.make_betas(

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from .. import errors
+from .. import checks, errors
+from ..lml_coefficients import ALGORITHMS, PREDICTIONS, SOLVERS, THIRD_ORDERS
 from ..lml_dpm import lml_dpm_step
 from ..scalars import Scalar
 from . import schedules
-from .base import PREDICTIONS, VARIANCES, Correction, Generator, Guidance, Sampler
+from .base import VARIANCES, Correction, Generator, Guidance, Sampler
 
 Tensor = torch.Tensor
 
-ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
-SOLVERS = ("midpoint", "heun")
 FINALS = ("zero", "sigma_min")
 
 
@@ -99,13 +98,13 @@ class LMLDPMSolver(Sampler):
             ("prediction_type", prediction_type, PREDICTIONS),
             ("algorithm_type", algorithm_type, ALGORITHMS),
             ("solver_type", solver_type, SOLVERS),
-            ("third_order", third_order, ("published", "exact")),
+            ("third_order", third_order, THIRD_ORDERS),
             ("final_sigmas_type", final, FINALS if plus else FINALS[1:]),
             ("variance_type", variance_type, VARIANCES),
             ("timestep_spacing", timestep_spacing, schedules.SPACINGS),
             ("apply_to", apply_to, ("increment", "direction")),
         ):
-            schedules.one_of(op, name, value, allowed)
+            checks.one_of(op, name, value, allowed)
         if solver_order == 3 and algorithm_type == "sde-dpmsolver":
             raise errors.value(op, "solver_order", "be 1 or 2 with sde-dpmsolver", 3)
         if use_karras_sigmas and use_exponential_sigmas:

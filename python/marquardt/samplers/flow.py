@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import errors
+from .. import checks, errors
 from ..lml import lml_flow_step
 from ..scalars import Scalar
 from . import schedules
@@ -60,7 +60,7 @@ class LMLFlowEuler(Sampler):
         freeze: float = 0.0,
     ) -> None:
         op = type(self).__name__
-        schedules.one_of(op, "time_shift_type", time_shift_type, ("exponential", "linear"))
+        checks.one_of(op, "time_shift_type", time_shift_type, ("exponential", "linear"))
         super().__init__(
             Correction.checked(op, damping, kappa, extrapolation, freeze), num_train_timesteps, None
         )

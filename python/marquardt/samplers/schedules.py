@@ -9,17 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from .. import errors
+from .. import checks, errors
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("linspace", "leading", "trailing")
 TINY_SNR = 2.0**-24  # ᾱ of the last timestep where a sampler cannot start from 0: float16's smallest number
-
-
-def one_of(op: str, argument: str, value: object, allowed: Sequence[object]) -> None:
-    """Refuses what is not among `allowed`."""
-    if value not in allowed:
-        raise errors.value(op, argument, f"be one of {', '.join(map(repr, allowed))}", repr(value))
 
 
 def steps(op: str, number: object) -> int:
@@ -57,7 +51,7 @@ def make_betas(
                 op, "trained_betas", f"hold num_train_timesteps ({number}) numbers", len(betas)
             )
         return betas
-    one_of(op, "beta_schedule", schedule, BETA_SCHEDULES)
+    checks.one_of(op, "beta_schedule", schedule, BETA_SCHEDULES)
     if schedule == "linear":
         return linspace(start, end, number)
     if schedule == "scaled_linear":
@@ -123,7 +117,7 @@ def ddim_timesteps(op: str, number: int, train: int, spacing: str, offset: int) 
     >>> ddim_timesteps("", 4, 1000, "leading", 1)
     [751, 501, 251, 1]
     """
-    one_of(op, "timestep_spacing", spacing, SPACINGS)
+    checks.one_of(op, "timestep_spacing", spacing, SPACINGS)
     if number > train:
         raise errors.value(op, "num_inference_steps", f"be at most num_train_timesteps ({train})", number)
     if spacing == "linspace":
@@ -139,7 +133,7 @@ def dpm_timesteps(op: str, number: int, train: int, spacing: str, offset: int, l
     >>> dpm_timesteps("", 4, 1000, "linspace", 0, 1000)
     [999, 749, 500, 250]
     """
-    one_of(op, "timestep_spacing", spacing, SPACINGS)
+    checks.one_of(op, "timestep_spacing", spacing, SPACINGS)
     if spacing == "linspace":
         return [round(t) for t in linspace(0, last - 1, number + 1)][:0:-1]
     if spacing == "leading":
@@ -203,7 +197,7 @@ def _mover(op: str, shift: float, mu: float | None, kind: str) -> Callable[[floa
     """What moves each σ: the fixed shift, or with `mu` that of the image's size (e^μ, or μ itself)."""
     if mu is None:
         return lambda sigma: shifted(shift, sigma)
-    one_of(op, "time_shift_type", kind, ("exponential", "linear"))
+    checks.one_of(op, "time_shift_type", kind, ("exponential", "linear"))
     weight = math.exp(mu) if kind == "exponential" else mu
     return lambda sigma: weight / (weight + (1 / sigma - 1)) if sigma > 0 else 0.0
 

@@ -9,6 +9,8 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ... import checks
+from ...lml_coefficients import THIRD_ORDERS
 from ...lml_dpm import lml_dpm_step
 from ...samplers import schedules
 from .state import Counted, Number, forgets, like_stock
@@ -39,8 +41,8 @@ class LMLDPMSolverMultistepScheduler(Counted, DPMSolverMultistepScheduler):
     ) -> None:
         DPMSolverMultistepScheduler.__init__(self, *args, **kwargs)
         op = type(self).__name__
-        schedules.one_of(op, "third_order", third_order, ("published", "exact"))
-        schedules.one_of(op, "apply_to", apply_to, ("increment", "direction"))
+        checks.one_of(op, "third_order", third_order, THIRD_ORDERS)
+        checks.one_of(op, "apply_to", apply_to, ("increment", "direction"))
         more = {"third_order": third_order, "apply_to": apply_to, "lm_on_sde": lm_on_sde}
         self._lml_setup(damping, kappa, extrapolation, freeze, **more)
 
