@@ -47,14 +47,13 @@ def made(shape: tuple[int, ...], dtype: torch.dtype, device: str, count: int) ->
     return [t.to(device, dtype) for t in found]
 
 
-def floors_of(first: list[Tensor], late: list[Tensor], outs: list[Tensor]) -> tuple[Floor, ...]:
-    """`first` is read by both sweeps, `late` by the second alone."""
+def floors_of(swept: list[Tensor], others: list[Tensor], outs: list[Tensor]) -> tuple[Floor, ...]:
+    """`swept` is read twice, for the Gram and for the outputs; `others` once."""
+    inputs = [*swept, *others]
     if outs[0].device.type != "cpu":
-        return gpu_floors([*first, *late, *outs[1:]], outs[0])
-    inputs = [*first, *late]
-    groups = [(inputs, outs[0])] if len(outs) == 1 else [(first, outs[0]), (late, outs[1])]
-    lowest = floors.streams(groups) if len(outs) > 1 else floors.triad(inputs, outs[0])
-    return (lowest, floors.traffic(lowest, first, outs[0])) if first and late else (lowest,)
+        return gpu_floors([*inputs, *outs[1:]], outs[0])
+    lowest = floors.triad(inputs, *outs)
+    return (lowest, floors.traffic(lowest, swept, outs[0])) if swept else (lowest,)
 
 
 # --- DDIM -------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The times this machine cannot beat, as contestants of the same interleaved rounds.
 
-Triad. A tuned streaming kernel that reads every input of the row once and writes its output once, over
+Triad. A tuned streaming kernel that reads every input of the row once and writes its outputs once, over
 the same buffers, with all threads: the better of streaming and cached stores. It is what an op without Gram
 cannot beat, and what an op with a Gram pays for its first-touch bytes.
 
@@ -92,24 +92,24 @@ def _words(t: Tensor) -> Tensor:
     return t.detach().reshape(-1).view(torch.float32)
 
 
-def triad(inputs: Sequence[Tensor], out: Tensor) -> Floor:
-    """The streaming floor of an op that reads `inputs` and writes `out`. Tensors: contiguous, of one size.
+def triad(inputs: Sequence[Tensor], *outs: Tensor) -> Floor:
+    """The streaming floor of an op that reads `inputs` and writes `outs`, one or two. Tensors: contiguous, of one size.
 
-    It writes into `out` itself, so that its buffers lie where the op's do.
+    It writes into `outs` themselves, so that its buffers lie where the op's do.
     """
-    kernel = _native("_stream_floor", out.device)
+    kernel = _native("_stream_floor", outs[0].device)
     if kernel is None:
-        total = (len(inputs) + 1) * out.numel() * out.element_size()
-        a, b, c = (torch.ones(max(1, total // 12), device=out.device) for _ in range(3))
+        total = (len(inputs) + len(outs)) * outs[0].numel() * outs[0].element_size()
+        a, b, c = (torch.ones(max(1, total // 12), device=outs[0].device) for _ in range(3))
         calls: dict[str, Call] = {"torch.add as triad": lambda: torch.add(a, b, out=c)}
         how = "torch.add over as many bytes"
     else:
-        words, target = [_words(t) for t in inputs], _words(out)
+        words, targets = [_words(t) for t in inputs], [_words(t) for t in outs]
         calls = {
-            "triad, streaming stores": lambda: kernel(words, target, True),
-            "triad, cached stores": lambda: kernel(words, target, False),
+            "triad, streaming stores": lambda: kernel(words, targets, True),
+            "triad, cached stores": lambda: kernel(words, targets, False),
         }
-        how = f"tuned streaming kernel, {len(inputs)} in, 1 out, the better of two kinds of stores"
+        how = f"tuned streaming kernel, {len(inputs)} in, {len(outs)} out, the better of two kinds of stores"
     return Floor("triad", calls, lambda t: min(t[name] for name in calls), how, substitute=kernel is None)
 
 
@@ -119,21 +119,6 @@ def copy(traffic: int, device: torch.device) -> Floor:
 
     calls = ceiling.kernels(*ceiling.pair(traffic, str(device)))
     return Floor("copy", calls, lambda t: min(t[name] for name in calls), "copy kernel over as many bytes")
-
-
-def streams(groups: Sequence[tuple[Sequence[Tensor], Tensor]]) -> Floor:
-    """The streaming floor of an op with several outputs: a triad for each, over the inputs that are left to it."""
-    parts = [triad(inputs, out) for inputs, out in groups]
-    calls = {f"{name} {i}": call for i, part in enumerate(parts) for name, call in part.contestants.items()}
-
-    def seconds(t: dict[str, float]) -> float:
-        return sum(
-            part.seconds({name: t[f"{name} {i}"] for name in part.contestants})
-            for i, part in enumerate(parts)
-        )
-
-    how = " and ".join(part.how for part in parts)
-    return Floor("triad", calls, seconds, how, substitute=any(part.substitute for part in parts))
 
 
 def noise(count: int) -> Floor:

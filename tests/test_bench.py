@@ -186,7 +186,7 @@ def test_the_traffic_model_adds_two_levels(monkeypatch: pytest.MonkeyPatch) -> N
     def native(name: str, device: torch.device) -> Callable[..., object]:
         def kernel(inputs: list[Tensor], *rest: Any) -> None:
             counts = [t.numel() for t in inputs]
-            calls.append((name, counts, *(r for r in rest if not isinstance(r, Tensor))))
+            calls.append((name, counts, *(r for r in rest if not isinstance(r, list))))
 
         return kernel
 
@@ -216,6 +216,23 @@ def test_the_traffic_model_adds_two_levels(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_the_sweep_covers_one_sample_per_thread(batch: int, threads: int, samples: int) -> None:
     assert floors.sample_words(batch, 4 * 1000, threads) == samples * 1000
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.marquardt, "_stream_floor"), reason="no native kernels")
+@pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "cached"])
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("skip", [0, 3], ids=["aligned", "astray"])
+def test_the_streaming_kernel_writes_sums_everywhere(streaming: bool, outputs: int, skip: int) -> None:
+    for count, n in ((1, 1), (2, 31), (4, 4096), (8, 70001)):
+        inputs = [torch.full((n,), float(2**j)) for j in range(count)]
+        memory = torch.full((outputs, n + 16), -1.0)
+        outs = [memory[i, skip * (i + 1) : skip * (i + 1) + n] for i in range(outputs)]
+        torch.ops.marquardt._stream_floor(inputs, outs, streaming)
+        assert all(bool((out == 2**count - 1).all()) for out in outs)
+        assert int((memory == -1).sum()) == outputs * 16  # and nowhere else
+    for inputs, outs in (([], [torch.ones(2)]), ([torch.ones(2)], []), ([torch.ones(3)], [torch.ones(2)])):
+        with pytest.raises(RuntimeError, match="_stream_floor: "):
+            torch.ops.marquardt._stream_floor(inputs, outs, streaming)
 
 
 def test_without_the_kernels_floors_are_substitutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,22 +31,30 @@ float* numbers(const char* op, const char* argument, const Tensor& t) {
   return static_cast<float*>(view.data);
 }
 
-void stream_floor(const std::vector<Tensor>& inputs, const Tensor& out, bool streaming) {
+void stream_floor(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outs, bool streaming) {
   const char* op = "_stream_floor";
   if (inputs.empty() || inputs.size() > 8) value_error(op, "inputs", "hold 1 to 8 tensors", inputs.size());
-  const int64_t n = out.numel();
+  if (outs.empty() || outs.size() > 2) value_error(op, "outs", "hold 1 or 2 tensors", outs.size());
+  const int64_t n = outs[0].numel();
   std::vector<const float*> in;
+  std::vector<float*> to;
   for (const Tensor& t : inputs) {
     if (t.numel() != n) value_error(op, "inputs", join("have ", n, " elements"), t.numel());
     in.push_back(numbers(op, "inputs", t));
   }
-  float* to = numbers(op, "out", out);
+  for (const Tensor& t : outs) {
+    if (t.numel() != n) value_error(op, "outs", join("have ", n, " elements"), t.numel());
+    to.push_back(numbers(op, "outs", t));
+  }
   constexpr int64_t kPiece = 4096;
   parallel_for((n + kPiece - 1) / kPiece, n * 4 > 96 << 10, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPiece, last = end * kPiece < n ? end * kPiece : n;
-    std::vector<const float*> shifted(in);
-    for (const float*& p : shifted) p += first;
-    kernels().triad(shifted.data(), static_cast<int>(in.size()), to + first, last - first, streaming);
+    std::vector<const float*> from(in);
+    std::vector<float*> into(to);
+    for (const float*& p : from) p += first;
+    for (float*& p : into) p += first;
+    kernels().triad(from.data(), static_cast<int>(in.size()), into.data(), static_cast<int>(to.size()), last - first,
+                    streaming);
   });
 }
 
@@ -112,7 +120,7 @@ int64_t noise_floor(int64_t count, int64_t key) {
 }  // namespace marquardt
 
 STABLE_TORCH_LIBRARY_FRAGMENT(marquardt, m) {
-  m.def("_stream_floor(Tensor[] inputs, Tensor(a!) out, bool streaming) -> ()");
+  m.def("_stream_floor(Tensor[] inputs, Tensor(a!)[] outs, bool streaming) -> ()");
   m.def("_read_floor(Tensor[] inputs, int repeats, int pieces) -> Tensor");
   m.def("_arithmetic_floor(int steps) -> int");
   m.def("_noise_floor(int count, int key) -> int");

@@ -7,8 +7,8 @@
 namespace marquardt {
 
 struct FloorKernels {
-  // out[:n] = Σ inputs[j][:n]; `streaming` writes past the caches.
-  void (*triad)(const float* const* inputs, int count, float* out, int64_t n, bool streaming);
+  // outs[i][:n] = Σ inputs[j][:n], up to 8 inputs and 2 outputs; `streaming` writes past the caches.
+  void (*triad)(const float* const* inputs, int count, float* const* outs, int outputs, int64_t n, bool streaming);
   // The sum of n floats: a read sweep with nothing but additions.
   float (*read)(const float* input, int64_t n);
   // `steps` rounds of fused multiply-adds of doubles in registers; returns their number, `sink` gets a sum of them.

@@ -6,16 +6,10 @@
 
 namespace marquardt::MQ_ISA {
 
-template <int N, bool Streaming>
-void triad_of(const float* const* inputs, float* out, int64_t n) {
+// `put` writes one vector to every output.
+template <int N, class Put>
+MQ_INLINE void triad_sum(const float* const* inputs, int64_t i, int64_t n, const Put& put) {
   constexpr int kStep = kWidth<float>;
-  int64_t i = 0;
-  if constexpr (Streaming) {
-    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % kBytes != 0; ++i) {
-      out[i] = inputs[0][i];
-      for (int j = 1; j < N; ++j) out[i] += inputs[j][i];
-    }
-  }
   for (; i + 2 * kStep <= n; i += 2 * kStep) {
     Vec<float> a = load(inputs[0] + i), b = load(inputs[0] + i + kStep);
 #pragma GCC unroll 8
@@ -23,37 +17,63 @@ void triad_of(const float* const* inputs, float* out, int64_t n) {
       a += load(inputs[j] + i);
       b += load(inputs[j] + i + kStep);
     }
-    if constexpr (Streaming) {
-      stream(out + i, a);
-      stream(out + i + kStep, b);
-    } else {
-      store(out + i, a);
-      store(out + i + kStep, b);
+    put(i, a);
+    put(i + kStep, b);
+  }
+}
+
+template <int N, int M, bool Streaming>
+void triad_of(const float* const* inputs, float* const* outs, int64_t n) {
+  const auto elements = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float sum = inputs[0][i];
+      for (int j = 1; j < N; ++j) sum += inputs[j][i];
+      for (int m = 0; m < M; ++m) outs[m][i] = sum;
     }
+  };
+  const auto vectors = [&](int64_t from, auto store_one) {
+    triad_sum<N>(inputs, from, n, [&](int64_t i, Vec<float> v) {
+#pragma GCC unroll 2
+      for (int m = 0; m < M; ++m) store_one(outs[m] + i, v);
+    });
+  };
+  const auto off = [](const float* to) { return reinterpret_cast<uintptr_t>(to) % static_cast<unsigned>(kBytes); };
+  int64_t head = 0;
+  bool streams = Streaming;
+  if constexpr (Streaming) {
+    while (head < n && off(outs[0] + head) != 0) ++head;
+    for (int m = 1; m < M; ++m) streams = streams && off(outs[m] + head) == 0;
   }
-  for (; i < n; ++i) {
-    out[i] = inputs[0][i];
-    for (int j = 1; j < N; ++j) out[i] += inputs[j][i];
+  elements(0, head);
+  if (streams) {
+    vectors(head, [](float* to, Vec<float> v) { stream(to, v); });
+  } else {
+    vectors(head, [](float* to, Vec<float> v) { store(to, v); });
   }
+  elements(head + (n - head) / (2 * kWidth<float>)*(2 * kWidth<float>), n);
   if constexpr (Streaming) stream_fence();
 }
 
-template <bool Streaming>
-void triad_count(const float* const* inputs, int count, float* out, int64_t n) {
+template <int M, bool Streaming>
+void triad_count(const float* const* inputs, int count, float* const* outs, int64_t n) {
   switch (count) {
-    case 1: return triad_of<1, Streaming>(inputs, out, n);
-    case 2: return triad_of<2, Streaming>(inputs, out, n);
-    case 3: return triad_of<3, Streaming>(inputs, out, n);
-    case 4: return triad_of<4, Streaming>(inputs, out, n);
-    case 5: return triad_of<5, Streaming>(inputs, out, n);
-    case 6: return triad_of<6, Streaming>(inputs, out, n);
-    case 7: return triad_of<7, Streaming>(inputs, out, n);
-    default: return triad_of<8, Streaming>(inputs, out, n);
+    case 1: return triad_of<1, M, Streaming>(inputs, outs, n);
+    case 2: return triad_of<2, M, Streaming>(inputs, outs, n);
+    case 3: return triad_of<3, M, Streaming>(inputs, outs, n);
+    case 4: return triad_of<4, M, Streaming>(inputs, outs, n);
+    case 5: return triad_of<5, M, Streaming>(inputs, outs, n);
+    case 6: return triad_of<6, M, Streaming>(inputs, outs, n);
+    case 7: return triad_of<7, M, Streaming>(inputs, outs, n);
+    default: return triad_of<8, M, Streaming>(inputs, outs, n);
   }
 }
 
-inline void triad(const float* const* inputs, int count, float* out, int64_t n, bool streaming) {
-  streaming ? triad_count<true>(inputs, count, out, n) : triad_count<false>(inputs, count, out, n);
+inline void triad(const float* const* inputs, int count, float* const* outs, int outputs, int64_t n, bool streaming) {
+  if (outputs == 1) {
+    streaming ? triad_count<1, true>(inputs, count, outs, n) : triad_count<1, false>(inputs, count, outs, n);
+  } else {
+    streaming ? triad_count<2, true>(inputs, count, outs, n) : triad_count<2, false>(inputs, count, outs, n);
+  }
 }
 
 inline float read(const float* input, int64_t n) {

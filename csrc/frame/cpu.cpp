@@ -37,8 +37,10 @@ const char* frame_cpu_isa() {
 
 namespace {
 
-// Below this many bytes of traffic one thread does it all: waking a second costs more than it brings.
-constexpr int64_t kSerialBytes = 256 << 10;
+// Below this many bytes of traffic one thread does it all: waking a second costs more than it brings. Threads that share
+// samples are woken twice, and read what another has in its cache; that pays earlier where many rows make much work.
+constexpr int64_t kSerialBytes = 512 << 10, kSharedBytes = 1 << 20;
+constexpr int kFewRows = 4;
 
 // Samples this small take their products in double at once: it costs nothing there.
 constexpr int64_t kExactSize = 256;
@@ -73,6 +75,8 @@ class FrameRunner {
     int64_t bytes = call.batch * sample_bytes();
     for (int i = 0; i < call.outputs; ++i) bytes += call.batch * call.size * size_of(call.output[i].dtype);
     threads_ = bytes < kSerialBytes ? 1 : thread_count();
+    shares_ = call.batch < 4 * threads_ && (call.batch < threads_ || call.batch % threads_ != 0);
+    if (shares_ && call.rows <= kFewRows && bytes < kSharedBytes && any_gram()) threads_ = 1;
     streaming_ = bytes > threads_ * core_cache_bytes();
     exact_ = call.exact || call.size <= kExactSize;
   }
@@ -81,7 +85,7 @@ class FrameRunner {
     if (call_.batch == 0) return;
     if (call_.size == 0) return run_empty();
     if (!any_gram()) return run_without_gram();
-    if (threads_ == 1 || call_.batch >= 4 * threads_ || (call_.batch >= threads_ && call_.batch % threads_ == 0)) {
+    if (threads_ == 1 || !shares_) {
       parallel_for(call_.batch, threads_ > 1, [this](int64_t begin, int64_t end) {
         const Scratch<T> scratch(scratch_buffers());
         for (int64_t b = begin; b < end; ++b) run_sample(b, scratch);
@@ -413,6 +417,7 @@ class FrameRunner {
   bool streaming_ = false;
   bool exact_ = false;
   int64_t threads_ = 1;
+  bool shares_ = false;  // a sample among threads, because there are few
 };
 
 void run(const FrameCall& call) {

@@ -9,29 +9,32 @@
 
 namespace marquardt {
 
-// Room for the rows of one chunk that are not read in place; one per thread and call.
+// Room for the rows of one chunk that are not read in place; one per thread and call. Taken when it is first asked for:
+// most calls read and write everything where it lies.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int buffers) : storage_(buffers == 0 ? 0 : static_cast<size_t>(buffers) * kChunk + 64 / sizeof(T)) {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
-    first_ = storage_.get() + ((64 - address % 64) % 64) / sizeof(T);
+  explicit Scratch(int buffers) : buffers_(buffers) {}
+  ~Scratch() { std::free(storage_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* buffer(int i) const {
+    if (first_ == nullptr) take();
+    return first_ + static_cast<int64_t>(i) * kChunk;
   }
-  T* buffer(int i) const { return first_ + static_cast<int64_t>(i) * kChunk; }
 
  private:
-  struct Storage {
-    explicit Storage(size_t count) : data(count == 0 ? nullptr : static_cast<T*>(std::malloc(count * sizeof(T)))) {
-      if (data == nullptr && count > 0) throw std::bad_alloc();
-    }
-    ~Storage() { std::free(data); }
-    Storage(const Storage&) = delete;
-    Storage& operator=(const Storage&) = delete;
-    T* get() const { return data; }
-    T* data;
-  };
-  Storage storage_;
-  T* first_;
+  void take() const {
+    storage_ = std::malloc((static_cast<size_t>(buffers_) * kChunk + 64 / sizeof(T)) * sizeof(T));
+    if (storage_ == nullptr) throw std::bad_alloc();
+    const auto address = reinterpret_cast<uintptr_t>(storage_);
+    first_ = static_cast<T*>(storage_) + ((64 - address % 64) % 64) / sizeof(T);
+  }
+
+  const int buffers_;
+  mutable void* storage_ = nullptr;
+  mutable T* first_ = nullptr;
 };
 
 template <class T>
