@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "core/launch.h"
 #include "select/cuda_select.cuh"
@@ -141,12 +142,20 @@ rescale(const __grid_constant__ RescaleArguments a) {
   for (int64_t i = whole + threadIdx.x; i < end; i += threads) out[i] = rescaled_number<D, U>(x[i], s);
 }
 
+int select_threads(const SelectCall& call) {
+  return call.size < 4096 ? 128 : kSelectThreads;
+}
+
+int64_t rescale_splits(const RescaleCall& call) {
+  const int64_t per_cta = kRescaleThreads * kRescaleVectors * (16 / size_of(call.dtype));
+  return (call.size + per_cta - 1) / per_cta;
+}
+
 template <DType D>
 void launch_rescale(const RescaleCall& call, void* stream) {
-  constexpr int64_t per_cta = kRescaleThreads * kRescaleVectors * (16 / size_of(D));
   RescaleArguments a{};
   a.call = call;
-  a.splits = (call.size + per_cta - 1) / per_cta;
+  a.splits = rescale_splits(call);
   a.aligned = (reinterpret_cast<uintptr_t>(call.data) | reinterpret_cast<uintptr_t>(call.out)) % 16 == 0 &&
               (call.batch == 1 || (call.batch_stride * size_of(D) % 16 == 0 && call.out_stride * size_of(D) % 16 == 0));
   if (call.host_scale) a.scale = *call.scale;
@@ -172,7 +181,7 @@ void select_cuda(const SelectCall& call, void* stream) {
   for (; a.first_sample < call.batch; a.first_sample += kMostCtas) {
     Launch at;
     at.grid = static_cast<unsigned>(std::min(kMostCtas, call.batch - a.first_sample));
-    at.block = call.size < 4096 ? 128 : kSelectThreads;
+    at.block = select_threads(call);
     at.shared = sizeof(SelectShared);
     switch (size_of(call.dtype)) {
       case 2: launch("select_scale", &select_scale<uint16_t>, at, stream, a); break;
@@ -191,6 +200,18 @@ void rescale_cuda(const RescaleCall& given, void* stream) {
     case DType::bf16: return launch_rescale<DType::bf16>(call, stream);
     case DType::f16: return launch_rescale<DType::f16>(call, stream);
   }
+}
+
+std::string select_plan(const SelectCall& call) {
+  if (call.batch == 0) return "nothing to do";
+  return "select: 1 CTA x " + std::to_string(select_threads(call)) + " threads a sample";
+}
+
+std::string rescale_plan(const RescaleCall& given) {
+  const RescaleCall call = flattened(given);
+  if (call.batch == 0 || call.size == 0) return "nothing to do";
+  return "rescale: " + std::to_string(rescale_splits(call)) + " CTAs x " + std::to_string(kRescaleThreads) +
+         " threads a sample";
 }
 
 }  // namespace marquardt

@@ -220,6 +220,14 @@ def test_steps_have_plans():
     assert _native.plan_of(lambda: step(x, outputs, prev, table)) == plans["bent"]  # nobody looks at it
 
 
+def test_thresholds_have_plans():
+    """Both kernels of a call, and neither of them ran."""
+    x = torch.full((3, 5000), 7.0)
+    said = plan(mq.dynamic_threshold, x, ratio=0.5, maximum=3.0)
+    assert said == "select: 1 CTA x 512 threads a sample; rescale: 2 CTAs x 256 threads a sample"
+    assert plan(mq.dynamic_threshold, x[:0]) == "nothing to do; nothing to do"
+
+
 def test_nothing_to_do():
     """Calls of no samples, and samples of no elements."""
     for shape in ((0, 5), (3, 0)):

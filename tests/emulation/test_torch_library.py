@@ -66,6 +66,11 @@ def test_ops(tests):
     tests("-m", "(dtypes or strides or errors) and not full", "-k", "not reference", *OPS)
 
 
+def test_thresholds(tests):
+    """The selection and the division behind it; one group of tests counts what the CPU kernels alone do."""
+    tests("-m", "not full", "-k", "not reference and not gradient", "tests/test_threshold.py")
+
+
 def test_without_clusters(tests):
     tests("-m", "dtypes and not full", "-k", "not reference", *OPS, MARQUARDT_EMULATED_GPU="sm_80")
 
