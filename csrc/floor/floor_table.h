@@ -6,9 +6,9 @@
 
 namespace marquardt::MQ_ISA {
 
-// `put` writes one vector to every output.
+// put(i, Σ inputs[j][i …]) for vectors from i on, two at a time; returns where it stopped.
 template <int N, class Put>
-MQ_INLINE void triad_sum(const float* const* inputs, int64_t i, int64_t n, const Put& put) {
+MQ_INLINE int64_t triad_sum(const float* const* inputs, int64_t i, int64_t n, const Put& put) {
   constexpr int kStep = kWidth<float>;
   for (; i + 2 * kStep <= n; i += 2 * kStep) {
     Vec<float> a = load(inputs[0] + i), b = load(inputs[0] + i + kStep);
@@ -20,6 +20,7 @@ MQ_INLINE void triad_sum(const float* const* inputs, int64_t i, int64_t n, const
     put(i, a);
     put(i + kStep, b);
   }
+  return i;
 }
 
 template <int N, int M, bool Streaming>
@@ -32,7 +33,7 @@ void triad_of(const float* const* inputs, float* const* outs, int64_t n) {
     }
   };
   const auto vectors = [&](int64_t from, auto store_one) {
-    triad_sum<N>(inputs, from, n, [&](int64_t i, Vec<float> v) {
+    return triad_sum<N>(inputs, from, n, [&](int64_t i, Vec<float> v) {
 #pragma GCC unroll 2
       for (int m = 0; m < M; ++m) store_one(outs[m] + i, v);
     });
@@ -45,12 +46,9 @@ void triad_of(const float* const* inputs, float* const* outs, int64_t n) {
     for (int m = 1; m < M; ++m) streams = streams && off(outs[m] + head) == 0;
   }
   elements(0, head);
-  if (streams) {
-    vectors(head, [](float* to, Vec<float> v) { stream(to, v); });
-  } else {
-    vectors(head, [](float* to, Vec<float> v) { store(to, v); });
-  }
-  elements(head + (n - head) / (2 * kWidth<float>)*(2 * kWidth<float>), n);
+  const int64_t done = streams ? vectors(head, [](float* to, Vec<float> v) { stream(to, v); })
+                               : vectors(head, [](float* to, Vec<float> v) { store(to, v); });
+  elements(done, n);
   if constexpr (Streaming) stream_fence();
 }
 

@@ -37,10 +37,10 @@ const char* frame_cpu_isa() {
 
 namespace {
 
-// Below this many bytes of traffic one thread does it all: waking a second costs more than it brings. Threads that share
-// samples are woken twice, and read what another has in its cache; that pays earlier where many rows make much work.
-constexpr int64_t kSerialBytes = 512 << 10, kSharedBytes = 1 << 20;
-constexpr int kFewRows = 4;
+// Below this much work, in bytes of traffic, one thread does it all: waking a second costs more than it brings. Threads
+// that share samples are woken twice, and read what another has in its cache.
+constexpr int64_t kSerialWork = 384 << 10, kSharedWork = 1 << 20;
+constexpr int64_t kProductBytes = 2;  // of traffic take as long as a double product of a Gram
 
 // Samples this small take their products in double at once: it costs nothing there.
 constexpr int64_t kExactSize = 256;
@@ -74,9 +74,11 @@ class FrameRunner {
     for (int i = 0; i < call.outputs; ++i) writes_in_place_ = writes_in_place_ && call.output[i].dtype == compute();
     int64_t bytes = call.batch * sample_bytes();
     for (int i = 0; i < call.outputs; ++i) bytes += call.batch * call.size * size_of(call.output[i].dtype);
-    threads_ = bytes < kSerialBytes ? 1 : thread_count();
+    const int64_t products = call.exact ? gram_entries(call) * call.batch * call.size : 0;
+    const int64_t work = bytes + kProductBytes * products;
+    threads_ = work < kSerialWork ? 1 : thread_count();
     shares_ = call.batch < 4 * threads_ && (call.batch < threads_ || call.batch % threads_ != 0);
-    if (shares_ && call.rows <= kFewRows && bytes < kSharedBytes && any_gram()) threads_ = 1;
+    if (shares_ && work < kSharedWork && any_gram()) threads_ = 1;
     streaming_ = bytes > threads_ * core_cache_bytes();
     exact_ = call.exact || call.size <= kExactSize;
   }

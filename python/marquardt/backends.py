@@ -220,7 +220,7 @@ class Explanation:
     """What `explain` found: the backend that a call would take, why others do not, and which inputs are copied.
 
     `plan` says how the CUDA kernels would be launched: which variant of them, on how many CTAs, in how much shared
-    memory; of the Triton kernels only what is no kernel of theirs.
+    memory, one after the other where a call has several; of the Triton kernels only what is no kernel of theirs.
     """
 
     op: str

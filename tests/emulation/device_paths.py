@@ -221,11 +221,16 @@ def test_steps_have_plans():
 
 
 def test_thresholds_have_plans():
-    """Both kernels of a call, and neither of them ran."""
+    """Both kernels of a call, in words; `out` shows that they did not run."""
     x = torch.full((3, 5000), 7.0)
     said = plan(mq.dynamic_threshold, x, ratio=0.5, maximum=3.0)
     assert said == "select: 1 CTA x 512 threads a sample; rescale: 2 CTAs x 256 threads a sample"
     assert plan(mq.dynamic_threshold, x[:0]) == "nothing to do; nothing to do"
+    out = torch.full_like(x, -5.0)
+    assert _native.plan_of(lambda: mq.dynamic_threshold(x, ratio=0.5, maximum=3.0, out=out)) == said
+    assert bool((out == -5.0).all())
+    mq.dynamic_threshold(x, ratio=0.5, maximum=3.0, out=out)
+    assert bool((out == 1.0).all())
 
 
 def test_nothing_to_do():

@@ -67,8 +67,8 @@ def test_ops(tests):
 
 
 def test_thresholds(tests):
-    """The selection and the division behind it; one group of tests counts what the CPU kernels alone do."""
-    tests("-m", "not full", "-k", "not reference and not gradient", "tests/test_threshold.py")
+    """The selection and the division behind it."""
+    tests("-m", "not full", "-k", "not reference", "tests/test_threshold.py", "tests/test_threshold_calls.py")
 
 
 def test_without_clusters(tests):
