@@ -66,6 +66,7 @@ def test_ops(tests):
     tests("-m", "(dtypes or strides or errors) and not full", "-k", "not reference", *OPS)
 
 
+@pytest.mark.full
 def test_thresholds(tests):
     """The selection and the division behind it."""
     tests("-m", "not full", "-k", "not reference", "tests/test_threshold.py", "tests/test_threshold_calls.py")
