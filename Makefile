@@ -29,6 +29,11 @@ CLANG_FORMAT = $(firstword $(wildcard $(VENV)/bin/clang-format) clang-format)
 CPP = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 export MARQUARDT_WERROR ?= 1
+# Without a GPU a plain `make test` or `make bench` leaves the CUDA kernels out of the library, minutes of nvcc: their code
+# runs emulated, and FULL=1 compiles it.
+ifeq ($(EVERYTHING)$(wildcard /dev/nvidia* /dev/dxg),)
+test bench: export MARQUARDT_CUDA ?= 0
+endif
 
 .PHONY: help build test lint bench count clean
 .DEFAULT_GOAL := help

@@ -39,7 +39,43 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("target", harness.targets(), ids=str)
 
 
+# Tests that take seconds a case, of which there are many: a plain run takes the first case of each, on a kernel; the
+# formulas themselves, and the other cases, are for FULL=1.
+FIRST_CASE = {
+    "test_dynamic_batch_is_one_graph",
+    "test_dynamic_shapes",
+    "test_fullgraph",
+    "test_gradgradcheck",
+    "test_no_error_in_a_trace",
+    "test_one_graph",
+    "test_ten_steps_are_one_graph",
+    "test_twenty_coefficients_are_one_graph",
+    "test_values_and_gradients",
+}
+# The same, but all cases of a kernel.
+KERNELS_ONLY = {"test_gradcheck", "test_langevin", "test_underdamped", "test_each_argument_alone"}
+
+
+def mark_as_full(items: list[pytest.Item]) -> None:
+    """Marks what a plain run leaves out of the tests above."""
+    seen: set[str] = set()
+    for item in items:
+        name = getattr(item, "originalname", None)
+        if name not in FIRST_CASE | KERNELS_ONLY and "Traced" not in item.nodeid:
+            continue
+        target = getattr(item, "callspec", None) and item.callspec.params.get("target")
+        function = item.nodeid.split("[")[0]
+        if (target is not None and target.backend == "reference") or (
+            name in FIRST_CASE and function in seen
+        ):
+            item.add_marker(pytest.mark.full)
+        else:
+            seen.add(function)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_as_full(items)
     full = config.getoption("--full") or os.environ.get("FULL") == "1"
     asked = "full" in (config.getoption("-m") or "")
     for item in items:

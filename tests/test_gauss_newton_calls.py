@@ -51,7 +51,9 @@ def test_opcheck(dtype):
 
 @pytest.mark.compile
 class TestTracing:
-    @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+    @pytest.mark.parametrize(
+        "dynamic", [pytest.param(False, marks=pytest.mark.full), True], ids=["static", "dynamic"]
+    )
     def test_compile(self, dynamic):
         fast_solve = torch.compile(solve, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         fast_head = torch.compile(softmax_head_hvp, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -70,6 +72,7 @@ class TestTracing:
                 ):
                     torch.testing.assert_close(f, e)
 
+    @pytest.mark.full
     def test_inductor(self):
         arguments = [*layer(40, 5, 2), torch.tensor(0.3, dtype=f64)]
         torch.testing.assert_close(torch.compile(solve, fullgraph=True)(*arguments), solve(*arguments))

@@ -133,17 +133,28 @@ def test_signal_to_noise(pair):
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("guided", [0, GUIDED])
-@pytest.mark.parametrize("size", [4096, 70001])
-def test_small_damping(size: int, guided: int):
-    """The step is nearly orthogonal to e and would magnify the rounding of e a thousandfold: r is summed in double."""
+@pytest.mark.parametrize("multiple", [1.0, 3.0, -20.0])
+@pytest.mark.parametrize("size", [37, 4096, 70001])
+def test_small_damping(size: int, multiple: float, guided: int):
+    """The step is nearly orthogonal to r and would magnify the rounding of e a thousandfold: sums are double.
+
+    Near p = e the multiple of r is large, near p = 3e those of e and of r, which then cancel.
+    """
     generator = torch.Generator().manual_seed(5)
     sample, first, second = (torch.randn(3, size, generator=generator) for _ in range(3))
     a, d = [0.9, -0.5, 0.3], [0.0, 0.7, 0.4]
     e = d[1] * (first - second if guided else first) + d[2] * second
-    prev = e + 1e-3 * torch.randn(3, size, generator=generator)
+    prev = multiple * (e + 1e-3 * torch.randn(3, size, generator=generator))
     for y in (None, [0.2, 0.6, math.inf, 0.3, 0.8, -0.4]):
         coef = numbers(a, d, (1e-3, 0.1), y=y)
-        args = (sample, [first, second], prev if y is None else prev + 0.3 * sample, coef, None, KEEP_NORM)
+        args = (
+            sample,
+            [first, second],
+            prev if y is None else prev + 0.3 * multiple * sample,
+            coef,
+            None,
+            KEEP_NORM,
+        )
         wanted = guided | STATE_DIRECTION | DOUBLED
         assert_near(STEP.plain(*args, wanted, y is not None, 1), definition(*args, wanted, y is not None, 1))
 

@@ -110,8 +110,8 @@ def _apply(
             config.splits, *scalars.arguments,
             SCALARS=scalars.count, OP=op, MODE=mode, ENTRIES=GRAM_ENTRIES[op], PAIRS=pairs,
             EXTRA=0 if extra is None else extra.shape[1], FUSED=partials is None, SPLITS=config.splits_padded,
-            SKIP=op != AFFINE, **flags, CTYPE=launch.compute_type(tensors[0]), PTYPE=PRODUCTS,
-            EMULATED=launch.emulated(), BLOCK=config.block, num_warps=config.num_warps,
+            SKIP=op != AFFINE, WIDENS=op == FORWARD, **flags, CTYPE=launch.compute_type(tensors[0]), PTYPE=PRODUCTS,
+            EMULATED=launch.emulated(), WARPS=config.num_warps, BLOCK=config.block, num_warps=config.num_warps,
         )  # fmt: skip
 
 

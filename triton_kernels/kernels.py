@@ -39,9 +39,11 @@ def gram_of_chunk(
 ):  # fmt: skip
     """The dot products ENTRIES = (i, j, i, j, ...) of rows i and j over origin ... end − 1, in float64.
 
-    Products are taken in PTYPE and added up lane by lane, for SEGMENT blocks at most before float64 takes over.
+    Products are taken in PTYPE and added up lane by lane, for SEGMENT blocks at most before float64 takes over. With
+    float64 products residuals are float64 too: p − ε may be a small part of what two almost parallel vectors are.
     """
     COUNT: tl.constexpr = len(ENTRIES) // 2
+    RTYPE: tl.constexpr = PTYPE if PTYPE == tl.float64 else CTYPE
     total = ()
     for k in tl.static_range(COUNT):
         total = total + (tl.full((), 0.0, tl.float64),)
@@ -51,7 +53,7 @@ def gram_of_chunk(
             sums = sums + (tl.zeros((BLOCK,), PTYPE),)
         for start in range(segment, tl.minimum(segment + SEGMENT * BLOCK, end), BLOCK):
             rows, mask = block_rows(
-                bases, seed, noise_start, start, begin, end, needed, PAIRS, NOISE, PHASE, CTYPE, BLOCK
+                bases, seed, noise_start, start, begin, end, needed, PAIRS, NOISE, PHASE, RTYPE, BLOCK
             )
             grown = ()
             for k in tl.static_range(COUNT):
@@ -123,6 +125,24 @@ def merged_gram(partials, sample, splits, COUNT: tl.constexpr, SPLITS: tl.conste
     return gram
 
 
+@triton.jit
+def sums_cancel(C, gram, ENTRIES: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
+    """Whether an output is small beside what it is the sum of, by the full Gram: ‖Σ c_j x_j‖² = cᵀGc."""
+    found = tl.full((), 0, tl.int1)
+    for o in tl.static_range(OUTPUTS):
+        parts = tl.full((), 0.0, tl.float64)
+        total = tl.full((), 0.0, tl.float64)
+        for k in tl.static_range(len(ENTRIES) // 2):
+            product = C[o * ROWS + ENTRIES[2 * k]] * C[o * ROWS + ENTRIES[2 * k + 1]] * gram[k]
+            if ENTRIES[2 * k] == ENTRIES[2 * k + 1]:
+                parts += product
+                total += product
+            else:
+                total += product * 2.0
+        found = found | (parts > total * 16.0)
+    return found
+
+
 @triton.jit(do_not_specialize=["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "k8", "k9"])
 def apply_kernel(
     streams, strides, outputs, extra, seed, seed_row, partials, size, chunk, splits,
@@ -130,13 +150,14 @@ def apply_kernel(
     k0: tl.int64, k1: tl.int64, k2: tl.int64, k3: tl.int64, k4: tl.int64,
     k5: tl.int64, k6: tl.int64, k7: tl.int64, k8: tl.int64, k9: tl.int64,
     SCALARS: tl.constexpr, OP: tl.constexpr, MODE: tl.constexpr, ENTRIES: tl.constexpr, PAIRS: tl.constexpr,
-    EXTRA: tl.constexpr, FUSED: tl.constexpr, SPLITS: tl.constexpr, SKIP: tl.constexpr,
+    EXTRA: tl.constexpr, FUSED: tl.constexpr, SPLITS: tl.constexpr, SKIP: tl.constexpr, WIDENS: tl.constexpr,
     NOISE: tl.constexpr, SHARED_NOISE: tl.constexpr, PHASE: tl.constexpr, CTYPE: tl.constexpr, PTYPE: tl.constexpr,
-    EMULATED: tl.constexpr, BLOCK: tl.constexpr,
+    EMULATED: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """outputs[o][sample] = Σ_i C[o, i]·row_i over the chunk; extra[sample] = the EXTRA scalars behind C.
 
     SKIP: a coefficient that is exactly 0 drops its row, and a stream that no row needs is not read.
+    WIDENS: the Gram is full, and outputs that are small beside what they are the sum of are summed in float64.
     """
     sample, split, origin, begin, end = place(size, chunk, splits, PHASE)
     coef = scalars(table, sample, table_row, table_column, (k0, k1, k2, k3, k4, k5, k6, k7, k8, k9), SCALARS)
@@ -179,7 +200,28 @@ def apply_kernel(
                         flag = flag | (C[o * ROWS + j + 1] != 0)
             needed = needed + (tl.where(flag, 1, 0),)
 
-    for start in range(origin, end, BLOCK):
+    last = end
+    if WIDENS and CTYPE != tl.float64:
+        # Sums that cancel are taken in float64 and of the streams themselves, one element a thread at a time: what that
+        # needs is within the registers of the other walk.
+        wide = sums_cancel(C, gram, ENTRIES, len(outputs), ROWS)
+        last = tl.where(wide, origin, end)
+        for start in range(origin, tl.where(wide, end, origin), 32 * WARPS):
+            rows, mask = block_rows(
+                bases, stream, noise_start, start, begin, end, (), 0, NOISE, PHASE, tl.float64, 32 * WARPS
+            )
+            lane = tl.arange(0, 32 * WARPS)
+            for o in tl.static_range(len(outputs)):
+                value = tl.full((32 * WARPS,), 0.0, tl.float64)
+                for j in tl.static_range(ROWS):
+                    c = C[o * ROWS + j]
+                    if j < 2 * PAIRS:
+                        if j % 2 == 0:  # the residual of the pair is taken against this stream
+                            c = c - C[o * ROWS + j + 1]
+                    value = tl.fma(tl.zeros_like(value) + c, rows[j], value)
+                store(targets[o] + start + lane, value.to(CTYPE), mask, EMULATED)
+
+    for start in range(origin, last, BLOCK):
         rows, mask = block_rows(
             bases, stream, noise_start, start, begin, end, needed, PAIRS, NOISE, PHASE, CTYPE, BLOCK
         )

@@ -25,8 +25,8 @@ from .kernels import merged_gram, place
 from .launch import Scalars
 from .layout import Layout
 from .maps import EXTRAPOLATE, KEEP_NORM, SNR
-from .rows import first_elements, scalars, store
-from .step_terms import block_of_step, gram_of_step, looks_at_prev, mix, numbers_of_terms, sources_needed
+from .rows import first_elements, scalars
+from .step_terms import apply_step, gram_of_step, looks_at_prev, magnifies, mix
 
 Tensor = torch.Tensor
 
@@ -82,7 +82,7 @@ def step_kernel(
     k21: tl.int64, k22: tl.int64, k23: tl.int64, k24: tl.int64, k25: tl.int64,
     SCALARS: tl.constexpr, VARIANT: tl.constexpr, GUIDED: tl.constexpr, CLIPPED: tl.constexpr, FUSED: tl.constexpr,
     SPLITS: tl.constexpr, NOISE: tl.constexpr, SHARED_NOISE: tl.constexpr, PHASE: tl.constexpr, CTYPE: tl.constexpr,
-    EMULATED: tl.constexpr, BLOCK: tl.constexpr,
+    EMULATED: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x' (in `new`, and in `again` where it is given), e and y of the chunk; FUSED: the kernel takes the Gram too."""
     GRAM: tl.constexpr = prev is not None or VARIANT == SNR
@@ -108,31 +108,24 @@ def step_kernel(
             )  # fmt: skip
         else:
             gram = merged_gram(partials, sample, splits, 3, SPLITS)
-        c0, c1 = mix(VARIANT, gram, coef, CTYPE)
-    on_a, on_d, on_y = numbers_of_terms(coef, reads, len(sources), NOISE and VARIANT != SNR, CLIPPED, CTYPE)
-    wanted = reads
-    if direction is not None:
-        wanted = tl.full((), 1, tl.int1)
-    needed = sources_needed(on_a, on_d, on_y, wanted, len(sources), GUIDED, True, converted is not None)
-
-    for start in range(origin, end, BLOCK):
-        terms, e, r, mask = block_of_step(
-            bases, before, reads, needed, on_d, on_y, stream, noise_start, start, begin, end,
-            GUIDED, NOISE, VARIANT, GRAM, PHASE, CTYPE, BLOCK,
+        c0, c1 = mix(VARIANT, gram, coef)
+    else:
+        c0, c1 = coef[0], coef[1]
+    rounded = end  # where the rows of the compute type end: nowhere, or before they begin
+    if GRAM and VARIANT != SNR and CTYPE != tl.float64:
+        # Rows whose rounding would be seen are made in float64, one element a thread at a time: what that needs is
+        # within the registers of the other walk. (Behind it, it would cost registers: its numbers would be live.)
+        wide = magnifies(coef, c0, c1)
+        rounded = tl.where(wide, origin, end)
+        apply_step(
+            bases, before, reads, coef, c0, c1, stream, noise_start, origin, begin, tl.where(wide, end, origin),
+            sample * size, new, again, direction, converted,
+            GUIDED, CLIPPED, NOISE, VARIANT, GRAM, PHASE, CTYPE, tl.float64, EMULATED, 32 * WARPS,
         )  # fmt: skip
-        at = sample * size + start + tl.arange(0, BLOCK)
-        value = tl.full((BLOCK,), 0.0, CTYPE)
-        for j in tl.static_range(len(on_a)):
-            value = tl.where(on_a[j] != 0, tl.fma(on_a[j], terms[j], value), value)
-        if GRAM:
-            value = tl.where(reads, tl.fma(c1, r, tl.fma(c0, e, value)), value)
-        store(new + at, value, mask, EMULATED)
-        if again is not None:
-            store(again + at, value, mask, EMULATED)
-        if direction is not None:
-            store(direction + at, e, mask, EMULATED)
-        if converted is not None:
-            store(converted + at, terms[len(on_a) - 1], mask, EMULATED)
+    apply_step(
+        bases, before, reads, coef, c0, c1, stream, noise_start, origin, begin, rounded, sample * size, new, again,
+        direction, converted, GUIDED, CLIPPED, NOISE, VARIANT, GRAM, PHASE, CTYPE, CTYPE, EMULATED, BLOCK,
+    )  # fmt: skip
 
 
 # --- the entry point ------------------------------------------------------------------------------------------------
@@ -181,6 +174,7 @@ def _run(walk: Walk, coef: Tensor, seed: Tensor | None, variant: int, guided: bo
     prev, prev_row = (None, 0) if walk.prev is None else layout.stream(walk.prev)
     seed, seed_row, flags = launch.noise(seed, layout)
     live = len(tensors) + len(walk.outputs) + int(prev is not None) + 2 * int(seed is not None) + int(clipped)
+    live += 2 * int(gram)  # e and r of the Gram, in float64
     config = launch.choose(launch.span(layout, flags), live, gram=gram, double=first.dtype == torch.float64)
     numbers = Scalars.of(coef, first.device, MOST_NUMBERS)
     shared_flags = {
@@ -207,6 +201,7 @@ def _run(walk: Walk, coef: Tensor, seed: Tensor | None, variant: int, guided: bo
             tensors, strides, prev, prev_row, walk.new, walk.again, walk.direction, walk.converted, seed, seed_row,
             partials, layout.size, config.chunk, config.splits, *numbers.arguments, **shared_flags,
             FUSED=partials is None, SPLITS=config.splits_padded if gram else 1, EMULATED=launch.emulated(),
+            WARPS=config.num_warps,
         )  # fmt: skip
 
 

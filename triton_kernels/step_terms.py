@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 
 from .maps import EXTRAPOLATE, SNR, lm_value, snr_value
-from .rows import noise_row
+from .rows import noise_row, store
+
+# A step that takes more than this multiple of e or of r = p − e, for a direction of weight 1, shows their rounding.
+MAGNIFIED = tl.constexpr(4.0)
 
 # --- the numbers of a sample ----------------------------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ def sources_needed(
 
 
 @triton.jit
-def mix(VARIANT: tl.constexpr, gram, coef, CTYPE: tl.constexpr):
+def mix(VARIANT: tl.constexpr, gram, coef):
     """(c0, c1) of x' = a + c0·e + c1·r."""
     n, e, R = gram
     if VARIANT == SNR:
@@ -87,7 +90,13 @@ def mix(VARIANT: tl.constexpr, gram, coef, CTYPE: tl.constexpr):
         c0, c1 = lm_value(VARIANT, n, e, R, coef[0], coef[1])
         c0 *= coef[2]
         c1 *= coef[2]
-    return c0.to(CTYPE), c1.to(CTYPE)
+    return c0, c1
+
+
+@triton.jit
+def magnifies(coef, c0, c1):
+    """Whether the rounding of e, which r inherits, would be seen in x'."""
+    return tl.maximum(tl.abs(c0), tl.abs(c1)) > tl.abs(coef[2]) * MAGNIFIED
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -97,11 +106,11 @@ def mix(VARIANT: tl.constexpr, gram, coef, CTYPE: tl.constexpr):
 def block_of_step(
     bases, prev, reads, needed, on_d, on_y, seed, noise_start, start, begin, end,
     GUIDED: tl.constexpr, NOISE: tl.constexpr, VARIANT: tl.constexpr, GRAM: tl.constexpr, PHASE: tl.constexpr,
-    CTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    CTYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(terms, e, r, mask), [BLOCK] each: the elements start ... start + BLOCK − 1 that lie in begin ... end − 1.
 
-    All but y is 0 outside; r is −e where p is not read.
+    Sums are of the type WIDE, noise is drawn in CTYPE. All but y is 0 outside; r is −e where p is not read.
     """
     lane = tl.arange(0, BLOCK)
     count = tl.minimum(end - start, BLOCK).to(tl.int32)
@@ -111,14 +120,14 @@ def block_of_step(
     terms = ()
     for j in tl.static_range(len(bases)):
         inside = mask & (lane < count * needed[j])
-        s = tl.load(bases[j] + start + lane, mask=inside, other=0.0).to(CTYPE)
+        s = tl.load(bases[j] + start + lane, mask=inside, other=0.0).to(WIDE)
         if GUIDED and j == 2:
             terms = (terms[0], terms[1] - s)
         terms = terms + (s,)
-    zero = tl.full((BLOCK,), 0.0, CTYPE)
+    zero = tl.full((BLOCK,), 0.0, WIDE)
     r = zero
     if NOISE:
-        drawn = noise_row(seed, noise_start + start, mask, BLOCK, CTYPE)
+        drawn = noise_row(seed, noise_start + start, mask, BLOCK, CTYPE).to(WIDE)
         if VARIANT == SNR:
             r = drawn
         else:
@@ -135,7 +144,7 @@ def block_of_step(
         e = tl.where(on_d[j] != 0, tl.fma(on_d[j], terms[j], e), e)
     if GRAM and not (NOISE and VARIANT == SNR):
         inside = mask & (lane < count * tl.where(reads, 1, 0))
-        r = tl.load(prev + start + lane, mask=inside, other=0.0).to(CTYPE)
+        r = tl.load(prev + start + lane, mask=inside, other=0.0).to(WIDE)
     if VARIANT != SNR:
         r = r - e
     return terms, e, r, mask
@@ -146,8 +155,10 @@ def gram_of_step(
     bases, prev, reads, coef, seed, noise_start, origin, begin, end, GUIDED: tl.constexpr, CLIPPED: tl.constexpr,
     NOISE: tl.constexpr, VARIANT: tl.constexpr, PHASE: tl.constexpr, CTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(⟨e,e⟩, ⟨e,r⟩, ⟨r,r⟩) over origin ... end − 1 with products in float64; 0 where p is not looked at."""
-    on_a, on_d, on_y = numbers_of_terms(coef, reads, len(bases), NOISE and VARIANT != SNR, CLIPPED, CTYPE)
+    """(⟨e,e⟩, ⟨e,r⟩, ⟨r,r⟩) over origin ... end − 1, all of it in float64; 0 where p is not looked at."""
+    on_a, on_d, on_y = numbers_of_terms(
+        coef, reads, len(bases), NOISE and VARIANT != SNR, CLIPPED, tl.float64
+    )
     needed = sources_needed(on_a, on_d, on_y, reads, len(bases), GUIDED, False, False)
     n = tl.full((BLOCK,), 0.0, tl.float64)
     both = tl.full((BLOCK,), 0.0, tl.float64)
@@ -155,14 +166,46 @@ def gram_of_step(
     for start in range(origin, tl.where(reads, end, origin), BLOCK):
         terms, e, r, mask = block_of_step(
             bases, prev, reads, needed, on_d, on_y, seed, noise_start, start, begin, end,
-            GUIDED, NOISE, VARIANT, True, PHASE, CTYPE, BLOCK,
+            GUIDED, NOISE, VARIANT, True, PHASE, CTYPE, tl.float64, BLOCK,
         )  # fmt: skip
         if len(on_y) > 0:  # a bound below 0 leaves y outside the sample
             e = tl.where(mask, e, 0.0)
             r = tl.where(mask, r, 0.0)
-        x = e.to(tl.float64)
-        z = r.to(tl.float64)
-        n += x * x
-        both += x * z
-        R += z * z
+        n += e * e
+        both += e * r
+        R += r * r
     return tl.sum(n), tl.sum(both), tl.sum(R)
+
+
+@triton.jit
+def apply_step(
+    bases, prev, reads, coef, c0, c1, seed, noise_start, origin, begin, end, place, new, again, direction, converted,
+    GUIDED: tl.constexpr, CLIPPED: tl.constexpr, NOISE: tl.constexpr, VARIANT: tl.constexpr, GRAM: tl.constexpr,
+    PHASE: tl.constexpr, CTYPE: tl.constexpr, WIDE: tl.constexpr, EMULATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes x', e and y of origin ... end − 1 of the sample whose outputs begin at `place`, with sums of type WIDE."""
+    on_a, on_d, on_y = numbers_of_terms(coef, reads, len(bases), NOISE and VARIANT != SNR, CLIPPED, WIDE)
+    on_e = c0.to(WIDE)
+    on_r = c1.to(WIDE)
+    wanted = reads
+    if direction is not None:
+        wanted = tl.full((), 1, tl.int1)
+    needed = sources_needed(on_a, on_d, on_y, wanted, len(bases), GUIDED, True, converted is not None)
+    for start in range(origin, end, BLOCK):
+        terms, e, r, mask = block_of_step(
+            bases, prev, reads, needed, on_d, on_y, seed, noise_start, start, begin, end,
+            GUIDED, NOISE, VARIANT, GRAM, PHASE, CTYPE, WIDE, BLOCK,
+        )  # fmt: skip
+        at = place + start + tl.arange(0, BLOCK)
+        value = tl.full((BLOCK,), 0.0, WIDE)
+        for j in tl.static_range(len(on_a)):
+            value = tl.where(on_a[j] != 0, tl.fma(on_a[j], terms[j], value), value)
+        if GRAM:
+            value = tl.where(reads, tl.fma(on_r, r, tl.fma(on_e, e, value)), value)
+        store(new + at, value.to(CTYPE), mask, EMULATED)
+        if again is not None:
+            store(again + at, value.to(CTYPE), mask, EMULATED)
+        if direction is not None:
+            store(direction + at, e.to(CTYPE), mask, EMULATED)
+        if converted is not None:
+            store(converted + at, terms[len(on_a) - 1].to(CTYPE), mask, EMULATED)

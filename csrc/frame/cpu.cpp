@@ -217,6 +217,7 @@ class FrameRunner {
 
   void map_sample(int64_t b, const double* gram, FrameMap& map) const {
     frame_map(call_, gram, parameters(b), map, scalars(b));
+    if (sizeof(T) == sizeof(float) && is_direction(call_.op) && sums_cancel(call_, gram, map)) map.wide = true;
   }
 
   // Writes the outputs over [begin, begin + n) of a sample; any length if nothing passes through scratch.
@@ -235,7 +236,6 @@ class FrameRunner {
     for (int j = 0; j < call_.rows; ++j)
       if (all[j] != nullptr && (pairs > 0 || (map.used >> j & 1u))) rows[count] = all[j], columns[count++] = j;
 
-    const bool wide = map.wide && pairs == 0;
     T c[kMaxOutputs * kMaxVectors];
     double c_wide[kMaxOutputs * kMaxVectors];
     T* outs[kMaxOutputs];
@@ -246,8 +246,11 @@ class FrameRunner {
         continue;
       }
       for (int j = 0; j < count; ++j) {
-        if (wide) {
-          c_wide[m * count + j] = map.c[i][columns[j]];
+        if (map.wide) {
+          const int column = columns[j];
+          double of_residual = 0.0;  // which is taken against this row
+          if (column < 2 * pairs && column % 2 == 0) of_residual = map.c[i][column + 1];
+          c_wide[m * count + j] = map.c[i][column] - of_residual;
         } else {
           c[m * count + j] = static_cast<T>(map.c[i][columns[j]]);
         }
@@ -255,7 +258,7 @@ class FrameRunner {
       outs[m] = out_pointer(i, b, begin, scratch);
       written[m++] = i;
     }
-    if (wide) {
+    if (map.wide) {
       kernels_.apply_wide(rows, count, c_wide, m, outs, n, streaming_ && writes_in_place_);
     } else {
       kernels_.apply(rows, count, pairs, c, m, outs, n, streaming_ && writes_in_place_);
@@ -308,7 +311,7 @@ class FrameRunner {
     }
     FrameMap map;
     map_sample(b, gram, map);
-    if (magnifies(map, b)) retake(b, wanted, scratch, gram, map);
+    if (is_step() && map.wide) retake(b, wanted, scratch, gram, map);
     apply_chunks(b, 0, chunks_of(call_.size), map, scratch);
   }
 
@@ -362,17 +365,10 @@ class FrameRunner {
       gram_sample(b, wanted, true, scratch, gram);
     }
     map_sample(b, gram, map);
-    if (magnifies(map, b)) retake(b, wanted, Scratch<T>(scratch_buffers()), gram, map);
+    if (is_step() && map.wide) retake(b, wanted, Scratch<T>(scratch_buffers()), gram, map);
   }
 
-  // Whether a step takes so large a multiple of r = p − e that the rounding of e, which r inherits, would be seen in x'.
-  bool magnifies(const FrameMap& map, int64_t b) const {
-    constexpr double kLarge = 4.0;
-    const double* p = parameters(b);
-    return is_step() && call_.mode != kSnr && std::fabs(map.c[0][1]) > kLarge * std::fabs(p[2]);
-  }
-
-  // Then its Gram, and its numbers, from rows that are summed in double.
+  // A step whose rounding would be seen: its Gram, its numbers and x' from sums in double.
   void retake(int64_t b, uint32_t wanted, const Scratch<T>& scratch, double* gram, FrameMap& map) const {
     gram_sample(b, wanted, true, scratch, gram);
     map_sample(b, gram, map);

@@ -223,6 +223,22 @@ void apply_wide(const T* const* rows, int count, const double* c, int outputs, T
 }
 
 template <class T>
+void sum_in_double(const T* const* rows, int count, const double* c, double* out, int64_t n) {
+  constexpr int kStep = kWidth<double>;
+  const auto sum_at = [&](const T* const* from, int64_t at) {
+    Vec<double> sum = {};
+    for (int j = 0; j < count; ++j) sum = fma(broadcast(c[j]), load_row<double>(from[j] + at), sum);
+    return sum;
+  };
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) store(out + i, sum_at(rows, i));
+  if (i == n) return;
+  const Tail<T, kMaxVectors> tail(rows, count, i, n - i);
+  const Vec<double> sum = sum_at(tail.rows, 0);
+  for (int64_t k = i; k < n; ++k) out[k] = sum[k - i];
+}
+
+template <class T>
 void clamp(T* row, T low, T high, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {  // comparisons that leave a NaN as it is
     const T x = row[i] < low ? low : row[i];

@@ -36,6 +36,8 @@ struct TypedFrameKernels {
   // The same, without pairs, with sums in double.
   void (*apply_wide)(const T* const* rows, int count, const double* c, int outputs, T* const* outs, int64_t n,
                      bool streaming);
+  // out[:n] = Σ_j c[j]·rows[j][:n], not rounded to T at all.
+  void (*sum_in_double)(const T* const* rows, int count, const double* c, double* out, int64_t n);
   // acc += ⟨e,e⟩, ⟨e,r⟩, ⟨r,r⟩, folded after every kChunk, of up to kDirectionTerms terms in the direction.
   void (*step_gram)(const StepTerms<T>& terms, int64_t n, double (*acc)[kLanes]);
   // out = a + c0·e + c1·r, also to `copy` if it is there, and e to `direction` if that is. False for terms of a number

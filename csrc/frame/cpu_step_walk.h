@@ -85,14 +85,16 @@ class StepWalk {
   void gram(const StepPlan& plan, int64_t b, int64_t begin, int64_t n, bool exact, const double* p,
             const Scratch<T>& scratch, double (*acc)[kLanes]) const {
     const bool residual = reader_.call.mode != kSnr;
-    if (!exact && residual && !plan.astray && plan.in_direction >= 1 && plan.in_direction <= kDirectionTerms) {
+    if (exact && residual) return gram_in_double(plan, b, begin, n, p, scratch, acc);
+    if (residual && !plan.astray && plan.in_direction >= 1 && plan.in_direction <= kDirectionTerms) {
       return reader_.kernels.step_gram(terms(plan, b, begin, n, plan.in_direction, p, scratch), n, acc);
     }
     for (int64_t at = begin; at < begin + n; at += kChunk) {
       const int64_t part = begin + n - at < kChunk ? begin + n - at : kChunk;
       const Terms t = terms(plan, b, at, part, plan.in_direction, p, scratch);
       const T* rows[2];
-      rows_of_gram(plan, t, exact, part, scratch, rows);
+      rows[0] = direction_row(t, part, scratch);
+      rows[1] = second_row(t, rows[0], part, scratch);
       reader_.kernels.gram(rows, 2, 0, GramKind::full, exact, part, acc);
     }
   }
@@ -117,11 +119,16 @@ class StepWalk {
         if (direction != nullptr) sum(t, t.d, t.in_direction, direction + at, part, streaming);
         continue;
       }
+      if (map.wide &&
+          sizeof(T) == sizeof(float)) {  // in double r = p − e is exact where it is small, p and e apart not
+        apply_in_double(plan, t, map, part, outs[0] + at, behind(copy), behind(direction));
+        continue;
+      }
       const T c0 = static_cast<T>(map.c[0][0]), c1 = static_cast<T>(map.c[0][1]);
-      if (call.mode != kSnr && !map.wide && t.in_direction >= 1 &&
+      if (call.mode != kSnr && t.in_direction >= 1 &&
           reader_.kernels.step_apply(t, c0, c1, outs[0] + at, behind(copy), behind(direction), part, streaming))
         continue;
-      in_scratch(plan, t, map, call.outputs - (call.step_converted ? 1 : 0), outs, at, part, scratch);
+      in_scratch(t, map, call.outputs - (call.step_converted ? 1 : 0), outs, at, part, scratch);
     }
   }
 
@@ -223,45 +230,71 @@ class StepWalk {
     }
   }
 
-  // e and r = p − e: float sums, or double ones that are rounded once, so that r keeps what e lost.
-  void rows_of_gram(const StepPlan& plan, const Terms& t, bool wide, int64_t n, const Scratch<T>& scratch,
-                    const T** rows) const {
-    if (!wide || reader_.call.mode == kSnr || (t.in_direction == 1 && t.d[0] == T(1))) {
-      rows[0] = direction_row(t, n, scratch);
-      rows[1] = second_row(t, rows[0], n, scratch);
-      return;
-    }
-    rows[0] = wide_row(plan, t, false, n, row_buffer(0, scratch));
-    rows[1] = wide_row(plan, t, true, n, row_buffer(1, scratch));
-  }
-
-  // Σ d_j s_j, or p less that, with sums in double.
-  const T* wide_row(const StepPlan& plan, const Terms& t, bool residual, int64_t n, T* to) const {
-    const T* rows[kMaxVectors];
-    double numbers[kMaxVectors];
+  // What a step is made of for sums in double: rows with their numbers in a and in e. A residual s_1 − s_0 in front, of
+  // the step or of y, is dissolved in its two rows, a y that nothing bounds in its terms.
+  struct DoubleTerms {
+    const T* row[kMaxVectors];
+    double a[kMaxVectors], d[kMaxVectors];
     int count = 0;
-    const auto add = [&](const T* row, double number) {
-      rows[count] = row;
-      numbers[count++] = number;
-    };
-    if (residual) add(t.prev, 1.0);
-    const double sign = residual ? -1.0 : 1.0;
-    // A residual s_1 − s_0 in front, of a step or of y, counts with −d_1 for its base.
-    const auto number = [](const double* d, bool pair, int j) { return j == 0 && pair ? d[0] - d[1] : d[j]; };
-    for (int j = 0; j < t.in_direction; ++j) {
-      const double d = sign * number(plan.d, t.pair, j);
+
+    void add(const T* of, double on_a, double on_d) {
+      if (on_a == 0.0 && on_d == 0.0) return;
+      row[count] = of;
+      a[count] = on_a;
+      d[count++] = on_d;
+    }
+  };
+
+  static DoubleTerms in_double(const StepPlan& plan, const Terms& t) {
+    const auto number = [](const double* c, bool pair, int j) { return j == 0 && pair ? c[0] - c[1] : c[j]; };
+    DoubleTerms all;
+    for (int j = 0; j < t.count; ++j) {
+      const double on_a = number(plan.a, t.pair, j), on_d = number(plan.d, t.pair, j);
       if (plan.vector[j] == StepPlan::kY && t.y_is_sum) {
-        for (int i = 0; i < t.y.count; ++i) add(t.y.row[i], d * number(t.y_number, t.y.pair, i));
-      } else if (d != 0.0) {
-        add(t.row[j], d);
+        for (int i = 0; i < t.y.count; ++i) {
+          const double on_y = number(t.y_number, t.y.pair, i);
+          all.add(t.y.row[i], on_a * on_y, on_d * on_y);
+        }
+      } else {
+        all.add(t.row[j], on_a, on_d);
       }
     }
-    if (count == 0) {
-      __builtin_memset(to, 0, static_cast<size_t>(n) * sizeof(T));
-    } else {
-      reader_.kernels.apply_wide(rows, count, numbers, 1, &to, n, false);
+    return all;
+  }
+
+  void gram_in_double(const StepPlan& plan, int64_t b, int64_t begin, int64_t n, const double* p,
+                      const Scratch<T>& scratch, double (*acc)[kLanes]) const {
+    alignas(64) double e[kChunk], r[kChunk];
+    for (int64_t at = begin; at < begin + n; at += kChunk) {
+      const int64_t part = begin + n - at < kChunk ? begin + n - at : kChunk;
+      const Terms t = terms(plan, b, at, part, plan.in_direction, p, scratch);
+      DoubleTerms all = in_double(plan, t);
+      reader_.kernels.sum_in_double(all.row, all.count, all.d, e, part);
+      for (int j = 0; j < all.count; ++j) all.d[j] = -all.d[j];
+      all.add(t.prev, 0.0, 1.0);
+      reader_.kernels.sum_in_double(all.row, all.count, all.d, r, part);
+      const double* rows[2] = {e, r};
+      frame_kernels().f64.gram(rows, 2, 0, GramKind::full, true, part, acc);
     }
-    return to;
+  }
+
+  // x' = Σ (a_j + (c0 − c1) d_j) s_j + c1 p: nothing is rounded before its end, e and r least of all.
+  void apply_in_double(const StepPlan& plan, const Terms& t, const FrameMap& map, int64_t n, T* out, T* copy,
+                       T* direction) const {
+    DoubleTerms all = in_double(plan, t);
+    const auto write = [&](const double* numbers, T* to) {
+      if (all.count == 0) {
+        __builtin_memset(to, 0, static_cast<size_t>(n) * sizeof(T));
+      } else {
+        reader_.kernels.apply_wide(all.row, all.count, numbers, 1, &to, n, false);
+      }
+    };
+    if (direction != nullptr) write(all.d, direction);
+    const double c0 = map.c[0][0], c1 = map.c[0][1];
+    for (int j = 0; j < all.count; ++j) all.a[j] += (c0 - c1) * all.d[j];
+    all.add(t.prev, c1, 0.0);
+    write(all.a, out);
+    if (copy != nullptr) __builtin_memcpy(copy, out, static_cast<size_t>(n) * sizeof(T));
   }
 
   const T* direction_row(const StepTerms<T>& t, int64_t n, const Scratch<T>& scratch) const {
@@ -276,8 +309,8 @@ class StepWalk {
     return difference(t.prev, e, row_buffer(1, scratch), n);
   }
 
-  void in_scratch(const StepPlan& plan, const Terms& whole, const FrameMap& map, int outputs, T* const* outs,
-                  int64_t from, int64_t n, const Scratch<T>& scratch) const {
+  void in_scratch(const Terms& whole, const FrameMap& map, int outputs, T* const* outs, int64_t from, int64_t n,
+                  const Scratch<T>& scratch) const {
     T c[kMaxOutputs * 3];
     for (int i = 0; i < outputs; ++i)
       for (int j = 0; j < 3; ++j) c[3 * i + j] = static_cast<T>(map.c[i][j]);
@@ -288,8 +321,8 @@ class StepWalk {
       t.prev += at;
       T *a = row_buffer(2, scratch), *to[kMaxOutputs];
       sum(t, t.a, t.count, a, part, false);
-      const T* rows[3] = {nullptr, nullptr, a};
-      rows_of_gram(plan, t, map.wide, part, scratch, rows);
+      const T* e = direction_row(t, part, scratch);
+      const T* rows[3] = {e, second_row(t, e, part, scratch), a};
       for (int i = 0; i < outputs; ++i) to[i] = outs[i] + from + at;
       reader_.kernels.apply(rows, 3, 0, c, outputs, to, part, false);
     }

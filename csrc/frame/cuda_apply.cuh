@@ -199,7 +199,7 @@ MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, cons
   walk.each([&](int tile, const unsigned char* stage) {
     const int64_t first = first_of_tile<A>(share, tile);
     if constexpr (G) {
-      if (a.layout.staged) make_any_rows<A>(a, share, first, stage, shared);
+      if (a.layout.staged) make_any_rows<A>(a, share, first, stage, shared, true);
     }
     const Rows<A, G> rows{a, stage, shared + a.layout.rows_at};
     if constexpr (G && sizeof(C) == 4) {

@@ -52,21 +52,11 @@ MQ_DEVICE inline void add_plain(const PlainRows<A, N>& rows, double* sum) {
   }
 }
 
-template <FrameAccess A, bool G, int R, bool First, bool Plain, class Walk>
-MQ_DEVICE inline void gram_own(const FrameArguments<G>& a, const Share& share, const Walk& walk,
-                               unsigned char* shared) {
-  constexpr int kEntries = First ? R - 1 : R * (R + 1) / 2;
+// `add` adds a tile to the sums.
+template <int kEntries, bool G, class Walk, class Add>
+MQ_DEVICE inline void sum_own(const FrameArguments<G>& a, const Walk& walk, unsigned char* shared, const Add& add) {
   double sum[kEntries] = {};
-  walk.each([&](int tile, const unsigned char* stage) {
-    if constexpr (Plain) {
-      add_plain(PlainRows<A, R>{a.call, stage}, sum);
-    } else {
-      if constexpr (G) {
-        if (a.layout.staged) make_any_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
-      }
-      add_own<A, G, R, First>(Rows<A, G>{a, stage, shared + a.layout.rows_at}, sum);
-    }
-  });
+  walk.each([&](int tile, const unsigned char* stage) { add(tile, stage, sum); });
   auto* parts = reinterpret_cast<double*>(shared + a.layout.parts_at);
   auto* own = reinterpret_cast<double*>(shared + a.layout.own_at);
   const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / 32;
@@ -81,6 +71,21 @@ MQ_DEVICE inline void gram_own(const FrameArguments<G>& a, const Share& share, c
       for (int w = 0; w < warps; ++w) total += parts[w * kBlockEntries + e];
     own[e] = total;  // read next by this very thread, or behind a barrier of the cluster
   }
+}
+
+template <FrameAccess A, bool G, int R, bool First, bool Plain, class Walk>
+MQ_DEVICE inline void gram_own(const FrameArguments<G>& a, const Share& share, const Walk& walk,
+                               unsigned char* shared) {
+  sum_own<First ? R - 1 : R * (R + 1) / 2>(a, walk, shared, [&](int tile, const unsigned char* stage, double* sum) {
+    if constexpr (Plain) {
+      add_plain(PlainRows<A, R>{a.call, stage}, sum);
+    } else {
+      if constexpr (G) {
+        if (a.layout.staged) make_any_rows<A>(a, share, first_of_tile<A>(share, tile), stage, shared);
+      }
+      add_own<A, G, R, First>(Rows<A, G>{a, stage, shared + a.layout.rows_at}, sum);
+    }
+  });
 }
 
 // --- more rows: 4 × 4 blocks of entries, dealt to the warps --------------------------------------------------------
@@ -192,6 +197,11 @@ MQ_DEVICE inline void gram(const FrameArguments<G>& a, const Share& share, uint3
   const int count = wanted == 1u ? 1 : wanted == 3u ? 2 : a.call.rows;
   if (a.layout.entries == 0) return;
   if constexpr (G) {
+    if (a.call.op == FrameOp::lm_step) {
+      return sum_own<3>(a, walk, shared, [&](int tile, const unsigned char* stage, double* sum) {
+        add_step<A>(a, share, first_of_tile<A>(share, tile), stage, shared, sum);
+      });
+    }
     if (a.layout.blocks > 1 || a.call.gram == GramKind::two) return gram_blocks<A>(a, share, walk, shared);
   }
   if (a.call.gram == GramKind::first) {

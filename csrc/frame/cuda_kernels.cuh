@@ -80,7 +80,12 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
     const int parts = map_parts(call, p);
     if (static_cast<int>(threadIdx.x) < parts) map_part(call, total, p, static_cast<int>(threadIdx.x), map);
     __syncwarp();
-    if (threadIdx.x == 0) finish_map(call, total, p, map, returned);
+    if (threadIdx.x == 0) {
+      finish_map(call, total, p, map, returned);
+      if constexpr (G) {
+        if (map.wide && call.op == FrameOp::lm_step) begin_wide_step(call, map);
+      }
+    }
   }
   __syncthreads();
   auto* matrix = reinterpret_cast<C*>(shared + a.layout.matrix_at);

@@ -36,11 +36,13 @@ struct StepTable {
   struct Term {
     int offset;  // of its vector in a stage
     DType dtype;
-    C d, a, y;  // its numbers in e, a and y; all 0 where the vector was not fetched
+    double d, y;  // its numbers in e, y and a; all 0 where the vector was not fetched
+    C a;
   };
   int terms;
   Term term[kMaxSources + 1];  // the sources, then drawn noise
-  C d_y, a_y, bound;
+  double d_y, bound;
+  C a_y;
   bool guided, clipped;  // guided: s_1 stands for s_1 − s_2
   bool residual;         // row 1 is p − e, else p
   int prev;              // where p lies in a stage; −1: this sample does not look at it

@@ -203,6 +203,9 @@ MQ_MAP void step_map(const FrameCall& call, const double* gram, const double* p,
       lm_coefficients(call.mode, gram[0], gram[1], gram[2], p[0], p[1], c0, c1);
       c0 *= p[2];
       c1 *= p[2];
+      // So large a multiple of e or of r = p − e would show their rounding in x'.
+      constexpr double kLarge = 4.0;
+      map.wide = std::fmax(std::fabs(c0), std::fabs(c1)) > kLarge * std::fabs(p[2]);
     }
   }
   int i = 0;
@@ -316,6 +319,28 @@ inline void frame_map(const FrameCall& call, const double* gram, const double* p
   const int parts = map_parts(call, p);
   for (int part = 0; part < parts; ++part) map_part(call, gram, p, part, map);
   finish_map(call, gram, p, map, scalars);
+}
+
+// lm_direction and its derivatives.
+inline bool is_direction(FrameOp op) {
+  return op == FrameOp::lm_direction || op == FrameOp::lm_direction_backward || op == FrameOp::lm_direction_jvp;
+}
+
+// Whether an output is small beside what it is the sum of, judged by the full Gram: ‖Σ c_j x_j‖² = cᵀGc.
+inline bool sums_cancel(const FrameCall& call, const double* gram, const FrameMap& map) {
+  constexpr double kMuch = 16.0;
+  for (int i = 0; i < call.outputs; ++i) {
+    double parts = 0.0, sum = 0.0;
+    for (int j = 0; j < call.rows; ++j) {
+      if (!(map.used >> j & 1u)) continue;
+      const double c = map.c[i][j];
+      for (int k = 0; k <= j; ++k)
+        if (map.used >> k & 1u) sum += (k < j ? 2.0 : 1.0) * c * map.c[i][k] * gram[j * (j + 1) / 2 + k];
+      parts += c * c * gram[j * (j + 1) / 2 + j];
+    }
+    if (parts > kMuch * sum) return true;
+  }
+  return false;
 }
 
 // Whether float32 products lost what this sample needs: squares out of range, or a determinant of nearly parallel

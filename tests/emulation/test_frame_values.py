@@ -25,7 +25,11 @@ from frame_cases import (
     step,
     whole_step,
 )
-from frame_oracle import judge
+from frame_oracle import judge, wanted
+from frame_step_oracle import Step
+
+import oracle
+from harness.compare import norm_error
 
 pytestmark = [pytest.mark.emulation, pytest.mark.accuracy]
 
@@ -190,10 +194,33 @@ class TestStep:
         make = functools.partial(step, (1, 3072), rho=rho, changes={0: 1e-3, 1: 0.9})
         check(emulation, make, stated=rho < 0.9, places=PLACES[:1])
 
+    @pytest.mark.parametrize("multiple", [1.0, 3.0, -20.0])
+    @pytest.mark.parametrize("clipped", [False, True], ids=["", "clipped"])
+    @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+    def test_small_damping(self, emulation, guided, clipped, multiple):
+        """The step is nearly orthogonal to r and shows what e and r = p − e were rounded by: their sums are float64.
+
+        Near p = e the multiple of r is large, near p = 3e those of e and of r, which then cancel.
+        """
+        shape = (2, 301)
+        frame = step(
+            shape, KEEP_NORM, (f32, f32), 2, clipped=clipped, guided=guided, doubled=True, direction="state",
+            converted=clipped, changes={0: 1e-3, 1: 0.1},
+        )  # fmt: skip
+        e = torch.from_numpy(Step(frame, oracle.LD(2.0**-24), None, None).e.v.astype("float64"))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=f64)
+        prev = (multiple * (e.reshape(shape) + 1e-3 * noise)).float()
+        frame = dataclasses.replace(frame, streams=(*frame.streams[:-1], prev))
+        for plan in plans(frame):
+            judge(frame, run(emulation, frame, **plan), functools.cache(lambda seed: frame), stated=True)
+            for found, right in zip(run(emulation, frame, **plan).outputs, wanted(frame).outputs, strict=True):
+                assert norm_error(found, right).max() <= 3e-7
+
 
 class TestEngine:
     """Any matrix, with all that may come before the Gram."""
 
+    @pytest.mark.full
     @pytest.mark.parametrize("vectors", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 18])
     def test_counts(self, emulation, vectors):
         for outputs, gram in ((1, True), (2, False), (min(vectors + 1, 17), True), (0, True)):
@@ -206,6 +233,7 @@ class TestEngine:
         for vectors, outputs in ((2, 2), (5, 3)):
             check(emulation, functools.partial(given, SHAPE, vectors, outputs, pair))
 
+    @pytest.mark.full
     @pytest.mark.parametrize("pair", [(f32, f32), (f32, bf16), (f64, f64)], ids=str)
     @pytest.mark.parametrize("noisy", [False, True, "per-sample"], ids=["no-noise", "one-seed", "seeds"])
     @pytest.mark.parametrize("ones", [False, True], ids=["", "ones"])
@@ -217,6 +245,7 @@ class TestEngine:
             )  # fmt: skip
             check(emulation, make, places=PLACES[1:])
 
+    @pytest.mark.full
     @pytest.mark.parametrize("gram", [False, True], ids=["apply", "gram"])
     def test_largest(self, emulation, gram):
         """18 vectors in, 17 out; 18 rows made of three vectors; one row made of 18."""

@@ -55,7 +55,7 @@ def tests(library):
     return run
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("gpu", [pytest.param("sm_80", marks=pytest.mark.full), "sm_90"])
 def test_device_paths(tests, gpu: str):
     """Tables of numbers on the device, matrices, plans; with clusters and without."""
     tests("tests/emulation/device_paths.py", MARQUARDT_EMULATED_GPU=gpu)
@@ -72,10 +72,12 @@ def test_thresholds(tests):
     tests("-m", "not full", "-k", "not reference", "tests/test_threshold.py", "tests/test_threshold_calls.py")
 
 
+@pytest.mark.full
 def test_without_clusters(tests):
     tests("-m", "dtypes and not full", "-k", "not reference", *OPS, MARQUARDT_EMULATED_GPU="sm_80")
 
 
+@pytest.mark.full
 def test_engine(tests):
     """Gram and apply with every feature, the maps, and tensors that are more than memory."""
     tests("-m", "not full", "tests/test_frame.py", "tests/test_maps.py", "tests/test_dispatch.py")

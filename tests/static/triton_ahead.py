@@ -30,26 +30,26 @@ import static_checks  # noqa: E402
 D = 3 * 16384
 CAPABILITIES = (80, 90, 100)
 QUICK = [
-    "direction-0",
     "backward-0",
-    "jvp-0",
-    "affine-3",
-    "affine-8",
     "affine-noise",
-    "affine-backward",
     "fused",
     "ragged",
     "bfloat16",
-    "float64",
-    "lowrank-product-4",
     "lowrank-solve-4",
-    "lowrank-vjp-4",
-    "lowrank-logdet-4",
     "step-2",
-    "step-6-all",
     "step-fused",
 ]
 SLOW = [
+    "direction-0",
+    "jvp-0",
+    "affine-3",
+    "affine-8",
+    "affine-backward",
+    "float64",
+    "lowrank-product-4",
+    "lowrank-vjp-4",
+    "lowrank-logdet-4",
+    "step-6-all",
     "direction-1",
     "direction-2",
     "backward-1",
@@ -96,7 +96,7 @@ SLOW = [
 # promise: gram_kernel<jvp-?> ctas>=1
 # promise: gram_kernel<ragged> ctas>=1 wide=-
 # promise: gram_kernel<affine-backward> ctas>=4 stack<=8@100
-# promise: apply_kernel threads=256 ctas>=6 wide=LDG.128,STG.128
+# promise: apply_kernel threads=256 ctas>=5 wide=LDG.128,STG.128
 # promise: apply_kernel<backward-?> ctas>=4
 # promise: apply_kernel<jvp-?> ctas>=3
 # promise: apply_kernel<ragged> ctas>=4 wide=-
@@ -119,13 +119,14 @@ SLOW = [
 # promise: table_kernel threads=32 ctas>=16 wide=- narrow=0
 # promise: map_kernel threads=32 ctas>=32 wide=-
 # promise: step_gram_kernel threads=256 ctas>=2 wide=LDG.128
-# promise: step_gram_kernel<step-2> ctas>=5
+# promise: step_gram_kernel<step-2> ctas>=5 ctas>=4@80
 # promise: step_gram_kernel<step-2-ragged> ctas>=4 wide=-
 # promise: step_kernel threads=256 ctas>=3 wide=LDG.128,STG.128
 # promise: step_kernel<step-2> ctas>=5
 # promise: step_kernel<step-2-ragged> ctas>=4 wide=-
-# promise: step_kernel<step-6-all> ctas>=2 ctas>=1@100
+# promise: step_kernel<step-6-all> ctas>=2 ctas>=1@90
 # promise: step_kernel<step-fused*> threads=512 ctas>=1
+# promise: step_kernel<step-fused-6-all> stack<=8@100
 
 
 def calls(frame, torch):

@@ -94,7 +94,12 @@ def two_chunks(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "count,rows,outputs,per_sample", [(16, 18, 17, False), (1, 2, 1, True), (4, 7, 3, True)]
+    "count,rows,outputs,per_sample",
+    [
+        pytest.param(16, 18, 17, False, marks=pytest.mark.full),
+        (1, 2, 1, True),
+        (4, 7, 3, True),
+    ],
 )
 def test_generic_engine(kernels, two_chunks, count, rows, outputs, per_sample):
     shape = (2, 3, 37)
@@ -118,6 +123,7 @@ def test_generic_engine(kernels, two_chunks, count, rows, outputs, per_sample):
         close(f.flatten(1), (matrix @ exact)[:, o], F32, 4)
 
 
+@pytest.mark.full
 def test_generic_gram_without_prologue(kernels, two_chunks):
     streams = [data(2, 111, seed=j) for j in range(18)]
     streams[4] = streams[3] * (1 + 1e-4) + 1e-5 * data(2, 111, seed=40)

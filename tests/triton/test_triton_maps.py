@@ -137,7 +137,7 @@ def cases(op, mode, seed, scales, correlations, dampings, kappas):
     return grams, coefs
 
 
-@pytest.mark.parametrize("op", [1, 2, 3])
+@pytest.mark.parametrize("op", [1, 2, pytest.param(3, marks=pytest.mark.full)])
 @pytest.mark.parametrize("mode", [KEEP_NORM, PLAIN, EXTRAPOLATE])
 def test_random_and_extreme(kernels, op, mode):
     grams, coefs = cases(

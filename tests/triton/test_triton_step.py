@@ -266,6 +266,19 @@ def test_bad_damping_spoils_its_sample(kernels, launches, bad):
     assert new[1].isnan().all() and torch.isfinite(new[[0, 2]]).all()
 
 
+@pytest.mark.accuracy
+@pytest.mark.parametrize("multiple", [1.0, 3.0, -20.0])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("guided", [0, GUIDED])
+def test_small_damping(kernels, launches, guided, clipped, multiple):
+    """The step is nearly orthogonal to r and shows what e and r = p − e were rounded by: their sums are float64."""
+    step = Step(3, clipped=clipped, wanted=guided | STATE_DIRECTION | DOUBLED, shape=(2, 2049))
+    step.coef[:3] = torch.tensor([1e-3, 0.1, 0.8])
+    straight = step.exact()[1].float()
+    step.prev = multiple * (straight + 1e-3 * data(2, 2049, seed=12))
+    step.check(kernels)
+
+
 def test_zero_direction_and_parallel_prev(kernels, launches):
     step = Step(2, wanted=DIRECTION)
     step.coef[step.at.d] = torch.tensor([0.0, 1.0])
