@@ -11,7 +11,8 @@ namespace marquardt::MQ_ISA {
 
 template <class T>
 constexpr TypedFrameKernels<T> typed_kernels() {
-  return {gram<T>, apply<T>, apply_wide<T>, sum_in_double<T>, step_gram<T>, step_apply<T>, clamp<T>, load_chunk, store_chunk, fill_noise};
+  return {gram<T>,       apply<T>, apply_wide<T>, sum_in_double<T>, step_gram<T>,
+          step_apply<T>, clamp<T>, load_chunk,    store_chunk,      fill_noise};
 }
 
 constexpr const char* name_of_isa() {

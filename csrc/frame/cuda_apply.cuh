@@ -161,7 +161,7 @@ MQ_DEVICE inline void apply_outputs(const FrameArguments<false>& a, const Share&
 template <FrameAccess A, bool G>
 MQ_DEVICE inline int applied_streams(const FrameArguments<G>& a, const unsigned char* shared) {
   const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
-  if ((map.zero & ((1u << a.call.outputs) - 1u)) != 0u) return 0;
+  if ((map.zero & ((1u << a.call.outputs) - 1u)) != 0u || map.wide) return 0;
   const int streams = plain_streams<A>(a, map.used);
   return a.call.outputs == 1 || (a.call.outputs == 2 && streams == 3) ? streams : 0;
 }
@@ -189,6 +189,54 @@ MQ_DEVICE inline bool apply_plain(const FrameArguments<G>& a, const Share& share
   return false;
 }
 
+// All outputs of one slot with sums in double, of the vectors themselves: r = p − e is rounded nowhere. A function of its
+// own, for the few samples that ask for it.
+template <FrameAccess A, bool G>
+MQ_DEVICE __noinline__ void wide_slot(const FrameArguments<G>& a, int stage_at, int tile) {
+  const Share share = share_of<A>(a);
+  const int64_t first = first_of_tile<A>(share, tile), left = share.end - first;
+  const int valid = left >= Access<A>::V ? Access<A>::V : left > 0 ? static_cast<int>(left) : 0;
+  using C = typename Access<A>::C;
+  constexpr int W = Access<A>::W;
+  const FrameCall& call = a.call;
+  const unsigned char* shared = shared_memory();
+  const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
+  const auto number = [&](int i, int j) { return map.used >> j & 1u ? map.c[i][j] : 0.0; };
+  MQ_UNROLL(1)
+  for (int i = 0; i < call.outputs; ++i) {
+    const DType dtype = Access<A>::type_of(call.output[i].dtype);
+    const int size = static_cast<int>(size_of(dtype));
+    auto* to =
+        static_cast<unsigned char*>(call.output[i].data) + (share.sample * call.output[i].batch_stride + first) * size;
+    MQ_UNROLL(1)
+    for (int p = 0; p < Access<A>::planes; ++p) {
+      double sum[W] = {};
+      MQ_UNROLL(1)
+      for (int j = 0; j < call.rows; ++j) {
+        double c = number(i, j);
+        if (j < 2 * call.pairs && j % 2 == 0) c -= number(i, j + 1);
+        if (c == 0.0) continue;
+        C x[W];
+        read_quad<A>(shared + stage_at + a.layout.offset[j], call.stream[j].dtype, p, static_cast<int>(threadIdx.x), x);
+        for (int w = 0; w < W; ++w) sum[w] = fused(c, static_cast<double>(x[w]), sum[w]);
+      }
+      MQ_UNROLL(8)  // or the sums are no registers
+      for (int w = 0; w < W; ++w) {
+        if (p * W + w >= valid) continue;
+        const C x = static_cast<C>(sum[w]);
+        unsigned char* at = to + (p * W + w) * size;
+        if constexpr (sizeof(C) == 8) {
+          *reinterpret_cast<double*>(at) = x;
+        } else if (dtype == DType::f32) {
+          *reinterpret_cast<float*>(at) = x;
+        } else {
+          *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(pack(dtype, x, 0.0f));
+        }
+      }
+    }
+  }
+}
+
 // All outputs over the walk, with the map of the sample. walk.start() was called.
 template <FrameAccess A, bool G, class Walk>
 MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, const Walk& walk, unsigned char* shared) {
@@ -196,6 +244,12 @@ MQ_DEVICE inline void apply(const FrameArguments<G>& a, const Share& share, cons
   constexpr int M = G ? 4 : 2;
   const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
   const auto* matrix = reinterpret_cast<const C*>(shared + a.layout.matrix_at);
+  if constexpr (sizeof(C) == 4) {
+    if (map.wide && is_direction(a.call.op)) {
+      return walk.each(
+          [&](int tile, const unsigned char* stage) { wide_slot<A>(a, static_cast<int>(stage - shared), tile); });
+    }
+  }
   walk.each([&](int tile, const unsigned char* stage) {
     const int64_t first = first_of_tile<A>(share, tile);
     if constexpr (G) {

@@ -25,10 +25,12 @@ MQ_DEVICE inline void add_own(const Rows<A, G>& rows, double* sum) {
   const int slot = static_cast<int>(threadIdx.x);
   for (int plane = 0; plane < Access<A>::planes; ++plane) {
     C x[R][W];
-    for (int j = 0; j < R; ++j) rows.quad(j, plane, slot, x[j]);
+    for (int j = 0; j < R; ++j) rows.raw_quad(j, plane, slot, x[j]);
     for (int w = 0; w < W; ++w) {
       double d[R];
       for (int j = 0; j < R; ++j) d[j] = static_cast<double>(x[j][w]);
+      for (int j = 1; j < R; j += 2)  // nothing is lost to the residual of almost parallel vectors
+        if (rows.is_residual(j)) d[j] -= d[j - 1];
       if constexpr (First) {
         for (int j = 1; j < R; ++j) sum[j - 1] = fused(d[0], d[j], sum[j - 1]);
       } else {
@@ -43,10 +45,12 @@ MQ_DEVICE inline void add_own(const Rows<A, G>& rows, double* sum) {
 template <FrameAccess A, int N>
 MQ_DEVICE inline void add_plain(const PlainRows<A, N>& rows, double* sum) {
   typename Access<A>::C x[N][Access<A>::V];
-  rows.read(x);
+  rows.read_raw(x);
   for (int v = 0; v < Access<A>::V; ++v) {
     double d[N];
     for (int j = 0; j < N; ++j) d[j] = static_cast<double>(x[j][v]);
+    for (int j = 1; j < N; j += 2)
+      if (j < 2 * rows.call.pairs) d[j] -= d[j - 1];
     for (int i = 0; i < N; ++i)
       for (int j = 0; j <= i; ++j) sum[i * (i + 1) / 2 + j] = fused(d[i], d[j], sum[i * (i + 1) / 2 + j]);
   }

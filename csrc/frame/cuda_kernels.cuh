@@ -58,6 +58,14 @@ struct FirstWarp {
   }
 };
 
+// sums_cancel(). A function of its own: the registers of the kernels are those of their loops.
+template <bool G>
+MQ_DEVICE __noinline__ bool outputs_cancel(const FrameArguments<G>& a) {
+  const unsigned char* shared = shared_memory();
+  return sums_cancel(a.call, reinterpret_cast<const double*>(shared + a.layout.gram_at),
+                     *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at));
+}
+
 // The scalar stage: one warp, a few numbers. The Gram lies at gram_at; scalars are returned once per sample.
 template <FrameAccess A, bool G>
 MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, const double* p, unsigned char* shared) {
@@ -65,8 +73,10 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
   const FrameCall& call = a.call;
   auto& map = *reinterpret_cast<FrameMap*>(shared + a.layout.map_at);
   const auto* total = reinterpret_cast<const double*>(shared + a.layout.gram_at);
+  // Asked for anew: kept since the beginning it would cost the Gram a register.
+  const bool first_split = share_of<A>(a).split == 0;
   double* returned =
-      call.scalars != nullptr && share.split == 0 ? call.scalars + share.sample * call.scalar_stride : nullptr;
+      call.scalars != nullptr && first_split ? call.scalars + share.sample * call.scalar_stride : nullptr;
   bool mapped = false;
   if constexpr (G) {
     mapped = is_lowrank(call.op);
@@ -82,6 +92,9 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
     __syncwarp();
     if (threadIdx.x == 0) {
       finish_map(call, total, p, map, returned);
+      if constexpr (sizeof(C) == 4) {
+        if (is_direction(call.op)) map.wide = outputs_cancel(a);
+      }
       if constexpr (G) {
         if (map.wide && call.op == FrameOp::lm_step) begin_wide_step(call, map);
       }

@@ -107,10 +107,14 @@ struct PlainRows {
   const FrameCall& call;
   const unsigned char* stage;
 
-  MQ_DEVICE void read(typename Access<A>::C (*x)[Access<A>::V]) const {
+  // The streams themselves.
+  MQ_DEVICE void read_raw(typename Access<A>::C (*x)[Access<A>::V]) const {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     for (int j = 0; j < N; ++j)
       read_plain_slot<A>(stage + (j * threads + thread) * 16, Access<A>::type_of(call.stream[j].dtype), x[j]);
+  }
+  MQ_DEVICE void read(typename Access<A>::C (*x)[Access<A>::V]) const {
+    read_raw(x);
     for (int j = 1; j < N; j += 2) {  // residuals against the vector before
       if (j < 2 * call.pairs)
         for (int v = 0; v < Access<A>::V; ++v) x[j][v] -= x[j - 1][v];

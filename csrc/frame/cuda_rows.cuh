@@ -226,14 +226,20 @@ struct Rows {
   const unsigned char* stage;
   unsigned char* made;
 
-  MQ_DEVICE void quad(int j, int plane, int slot, typename Access<A>::C* x) const {
+  // Whether row j is its vector less the one before.
+  MQ_DEVICE bool is_residual(int j) const { return j < 2 * a.call.pairs && j % 2 == 1 && !(G && a.layout.staged); }
+  // The row, or the vector of which it is the residual.
+  MQ_DEVICE void raw_quad(int j, int plane, int slot, typename Access<A>::C* x) const {
     if (G && a.layout.staged) {
       read_quad<A>(made + j * a.layout.row_bytes, Access<A>::compute, plane, slot, x);
       return;
     }
     const DType dtype = j < a.call.streams ? a.call.stream[j].dtype : Access<A>::compute;
     read_quad<A>(stage + a.layout.offset[j], dtype, plane, slot, x);
-    if (j < 2 * a.call.pairs && j % 2 == 1) {  // residual against the vector before
+  }
+  MQ_DEVICE void quad(int j, int plane, int slot, typename Access<A>::C* x) const {
+    raw_quad(j, plane, slot, x);
+    if (is_residual(j)) {
       typename Access<A>::C base[Access<A>::W];
       read_quad<A>(stage + a.layout.offset[j - 1], a.call.stream[j - 1].dtype, plane, slot, base);
       for (int i = 0; i < Access<A>::W; ++i) x[i] -= base[i];

@@ -322,13 +322,14 @@ inline void frame_map(const FrameCall& call, const double* gram, const double* p
 }
 
 // lm_direction and its derivatives.
-inline bool is_direction(FrameOp op) {
+MQ_MAP bool is_direction(FrameOp op) {
   return op == FrameOp::lm_direction || op == FrameOp::lm_direction_backward || op == FrameOp::lm_direction_jvp;
 }
 
 // Whether an output is small beside what it is the sum of, judged by the full Gram: ‖Σ c_j x_j‖² = cᵀGc.
-inline bool sums_cancel(const FrameCall& call, const double* gram, const FrameMap& map) {
+MQ_MAP bool sums_cancel(const FrameCall& call, const double* gram, const FrameMap& map) {
   constexpr double kMuch = 16.0;
+  if (call.gram != GramKind::full) return false;
   for (int i = 0; i < call.outputs; ++i) {
     double parts = 0.0, sum = 0.0;
     for (int j = 0; j < call.rows; ++j) {

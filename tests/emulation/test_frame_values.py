@@ -92,6 +92,21 @@ class TestCorrelation:
             ):
                 judge(draw(1), run(emulation, draw(1), **plan), draw, stated=True)
 
+    @pytest.mark.parametrize("multiple", [1.0, 3.0, -20.0])
+    @pytest.mark.parametrize("pair", [(f32, f32), (f32, bf16), (bf16, f32)], ids=str)
+    def test_parallel(self, emulation, pair, multiple):
+        """p near a multiple of ε: large multiples of both cancel, and what is left is all there."""
+        frame = lm((2, 301), KEEP_NORM, pair, values=[1e-3, 0.1])
+        eps = frame.streams[0]
+        noise = torch.randn(eps.shape, generator=torch.Generator().manual_seed(7), dtype=f64)
+        prev = (multiple * (eps.double() + 1e-3 * noise)).to(frame.streams[1].dtype)
+        frame = dataclasses.replace(frame, streams=(eps, prev))
+        for plan in plans(frame):
+            result = run(emulation, frame, **plan)
+            judge(frame, result, functools.cache(lambda seed: frame), stated=True)
+            if pair[0] == f32:
+                assert norm_error(result.outputs[0], wanted(frame).outputs[0]).max() <= 2e-7
+
     @pytest.mark.parametrize("gamma", [-1.5, 1e-4])
     def test_extrapolation(self, emulation, gamma):
         make = functools.partial(lm, (2, 1000), EXTRAPOLATE, values=[gamma], rho=0.999999)
@@ -213,7 +228,9 @@ class TestStep:
         frame = dataclasses.replace(frame, streams=(*frame.streams[:-1], prev))
         for plan in plans(frame):
             judge(frame, run(emulation, frame, **plan), functools.cache(lambda seed: frame), stated=True)
-            for found, right in zip(run(emulation, frame, **plan).outputs, wanted(frame).outputs, strict=True):
+            for found, right in zip(
+                run(emulation, frame, **plan).outputs, wanted(frame).outputs, strict=True
+            ):
                 assert norm_error(found, right).max() <= 3e-7
 
 
