@@ -412,6 +412,7 @@ def test_a_table_can_be_made_from_a_file(stand_in: tuple[pathlib.Path, Any]) -> 
     assert outcome.stdout.startswith("| op | shape |") and "| right | 4x3 |" in outcome.stdout
 
 
+@pytest.mark.full
 def test_plain_pytest_knows_the_rows() -> None:
     """`pytest bench` with any of pytest-benchmark's options; here the gate alone."""
     row = "lm_direction-1x1-float32-call_cost"

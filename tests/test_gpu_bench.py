@@ -125,6 +125,7 @@ def test_make_bench_takes_a_device() -> None:
     assert any("-m bench" in line and "--device cuda" in line for line in shown.stdout.splitlines())
 
 
+@pytest.mark.full
 def test_rows_are_written_as_they_are_measured(tmp_path: pathlib.Path) -> None:
     words = ["-m", "bench", "--rows", "lm_direction-1x1-float32-call_cost", "--threads", "1"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
@@ -153,6 +154,7 @@ def test_an_earlier_ceiling_is_taken(tmp_path: pathlib.Path, monkeypatch: pytest
     ceiling.measured.cache_clear()
 
 
+@pytest.mark.full
 def test_rows_stop_at_the_deadline(tmp_path: pathlib.Path) -> None:
     words = ["-m", "bench", "--rows", "lm_direction-1x1-float32-call_cost", "--deadline", "0.000001"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])

@@ -84,6 +84,12 @@ class TestPlain:
         assert bool(found.isfinite().all())
 
 
+def same_but_for_nan(found, expected) -> bool:
+    """The same bits, and NaN of whatever bits at the same places: conversions to 16 bits on a GPU know one NaN."""
+    nan = found.isnan()
+    return torch.equal(nan, expected.isnan()) and same_bits(found[~nan], expected[~nan])
+
+
 class TestSamples:
     @pytest.mark.parametrize("noise", [False, True], ids=["plain", "noise"])
     def test_active(self, step: str, target: Target, noise: bool):
@@ -102,7 +108,7 @@ class TestSamples:
                         t[1] = NAN
                 found = call.run(target)[0]
                 for b in range(len(found)):
-                    assert same_bits(found[b], sample[1] if b % 3 == 1 else clean[b])
+                    assert same_but_for_nan(found[b], sample[1] if b % 3 == 1 else clean[b])
                 assert found.data_ptr() != sample.data_ptr()
 
     def test_all_active_and_none(self, step: str, target: Target):
