@@ -85,6 +85,13 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
       lowrank_map(FirstWarp<A>{}, call, total, p, map, returned,
                   *reinterpret_cast<LowRankWork*>(shared + a.layout.work_at));
     }
+    if (call.op == FrameOp::lm_step) {
+      mapped = true;
+      if (threadIdx.x == 0) {
+        step_map(call, total, p, map);
+        if (map.wide) begin_wide_step(call, map);
+      }
+    }
   }
   if (!mapped && threadIdx.x < 32) {
     const int parts = map_parts(call, p);
@@ -94,9 +101,6 @@ MQ_DEVICE inline void decide(const FrameArguments<G>& a, const Share& share, con
       finish_map(call, total, p, map, returned);
       if constexpr (sizeof(C) == 4) {
         if (is_direction(call.op)) map.wide = outputs_cancel(a);
-      }
-      if constexpr (G) {
-        if (map.wide && call.op == FrameOp::lm_step) begin_wide_step(call, map);
       }
     }
   }

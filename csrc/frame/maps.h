@@ -193,6 +193,8 @@ MQ_MAP void step_map(const FrameCall& call, const double* gram, const double* p,
   const StepShape shape = step_shape(call);
   double c0 = 0.0, c1 = 0.0;
   map.used = 4u;
+  map.zero = 0u;
+  map.wide = false;
   map.apart = true;
   if (step_reads_prev(call, shape, p)) {
     map.used = 7u;
@@ -296,8 +298,7 @@ MQ_MAP void finish_map(const FrameCall& call, const double* gram, const double* 
       if (scalars != nullptr)
         for (int j = 1; j < call.rows; ++j) scalars[j - 1] = gram[j - 1];
       return;
-    case FrameOp::lm_step: step_map(call, gram, p, map); return;
-    default: return;
+    default: return;  // of steps and of the low-rank family see frame_map
   }
 }
 
@@ -316,6 +317,7 @@ inline void frame_map(const FrameCall& call, const double* gram, const double* p
     begin_lowrank(call, map);
     return lowrank_map(Alone{}, call, gram, p, map, scalars, work);
   }
+  if (call.op == FrameOp::lm_step) return step_map(call, gram, p, map);
   const int parts = map_parts(call, p);
   for (int part = 0; part < parts; ++part) map_part(call, gram, p, part, map);
   finish_map(call, gram, p, map, scalars);

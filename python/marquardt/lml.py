@@ -106,7 +106,7 @@ def lml_ddim_step(
             op, (damping, kappa, extrapolation, clip), prev_eps, guidance,
             (alpha_bar, alpha_bar_next, prediction_type, use_clipped_output),
         )  # fmt: skip
-        recipe = None if key is None else known(key, doubled)
+        recipe = None if key is None else known(key, doubled, sample)
         if recipe is not None:
             outputs = [model_output] if guidance is None else [model_output, guidance[0]]
             new, direction, _ = recipe.run(op, sample, outputs, prev_eps, doubled, batch_dims)
@@ -212,7 +212,7 @@ def lml_flow_step(
     key = None
     if type(dt) is float and not stochastic and active is None and sigma is sigma_next is None:
         key = key_of(op, (damping, kappa, extrapolation), prev_velocity, guidance, (dt,))
-        recipe = None if key is None else known(key, doubled)
+        recipe = None if key is None else known(key, doubled, sample)
         if recipe is not None:
             outputs = [velocity] if guidance is None else [velocity, guidance[0]]
             made, direction, _ = recipe.run(op, sample, outputs, prev_velocity, doubled, batch_dims)

@@ -174,7 +174,7 @@ def lml_dpm_step(
             op, (damping, kappa, extrapolation), prev_increment, (lambdas, alphas, sigmas),
             (order, algorithm, solver_type, third_order, apply_to),
         )  # fmt: skip
-        recipe = None if key is None else known(key, doubled)
+        recipe = None if key is None else known(key, doubled, sample)
         if recipe is not None and len(outputs) >= order:
             new, increment, _ = recipe.run(op, sample, outputs[:order], prev_increment, doubled, batch_dims)
             return new, increment
