@@ -81,6 +81,8 @@ class FrameRunner {
     if (shares_ && work < kSharedWork && any_gram()) threads_ = 1;
     streaming_ = bytes > threads_ * core_cache_bytes();
     exact_ = call.exact || call.size <= kExactSize;
+    keeps_noise_ =
+        is_step() && call.seed != nullptr && call.size * static_cast<int64_t>(sizeof(T)) * 2 <= core_cache_bytes();
   }
 
   void run() {
@@ -306,6 +308,7 @@ class FrameRunner {
     double gram[kMaxGram] = {};
     const uint32_t wanted = gram_rows(call_, parameters(b));
     if (wanted != 0u) {
+      if (keeps_noise_) scratch.keep_noise(call_.size);
       gram_sample(b, wanted, exact_, scratch, gram);
       if (!exact_ && wants_exact_gram(call_, gram, wanted)) gram_sample(b, wanted, true, scratch, gram);
     }
@@ -414,6 +417,7 @@ class FrameRunner {
   bool writes_in_place_ = false;  // outputs are written where they lie
   bool streaming_ = false;
   bool exact_ = false;
+  bool keeps_noise_ = false;  // that a Gram has drawn: drawing takes longer than all else
   int64_t threads_ = 1;
   bool shares_ = false;  // a sample among threads, because there are few
 };

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "frame/cpu_kernels.h"
 
@@ -15,13 +16,34 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int buffers) : buffers_(buffers) {}
-  ~Scratch() { std::free(storage_); }
+  ~Scratch() {
+    std::free(storage_);
+    std::free(noise_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   T* buffer(int i) const {
     if (first_ == nullptr) take();
     return first_ + static_cast<int64_t>(i) * kChunk;
+  }
+
+  // From here on the noise of one sample of `size` elements is kept between its sweeps.
+  void keep_noise(int64_t size) const {
+    const auto chunks = static_cast<size_t>((size + kChunk - 1) / kChunk);
+    if (noise_ == nullptr) noise_ = static_cast<T*>(std::malloc(chunks * kChunk * sizeof(T)));
+    if (noise_ == nullptr) throw std::bad_alloc();
+    drawn_.assign(chunks, false);
+  }
+
+  // Where the noise of the chunk that begins at `begin` is kept (`draw` is given it once a sample), or null.
+  template <class Draw>
+  const T* kept_noise(int64_t begin, const Draw& draw) const {
+    if (noise_ == nullptr) return nullptr;
+    const auto chunk = static_cast<size_t>(begin / kChunk);
+    if (!drawn_[chunk]) draw(noise_ + begin);
+    drawn_[chunk] = true;
+    return noise_ + begin;
   }
 
  private:
@@ -35,6 +57,8 @@ class Scratch {
   const int buffers_;
   mutable void* storage_ = nullptr;
   mutable T* first_ = nullptr;
+  mutable T* noise_ = nullptr;
+  mutable std::vector<bool> drawn_;  // of the chunks of the sample
 };
 
 template <class T>

@@ -151,6 +151,8 @@ class StepWalk {
     Terms t;
     const T* vectors[kMaxVectors] = {};
     const auto vector = [&](int j) {
+      if (vectors[j] == nullptr && j >= reader_.call.streams)
+        vectors[j] = scratch.kept_noise(begin, [&](T* to) { reader_.read(j, b, begin, n, to); });
       if (vectors[j] == nullptr) vectors[j] = reader_.read(j, b, begin, n, in_place_ ? nullptr : scratch.buffer(j));
       return vectors[j];
     };
