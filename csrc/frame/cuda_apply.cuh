@@ -201,7 +201,9 @@ MQ_DEVICE __noinline__ void wide_slot(const FrameArguments<G>& a, int stage_at, 
   const FrameCall& call = a.call;
   const unsigned char* shared = shared_memory();
   const auto& map = *reinterpret_cast<const FrameMap*>(shared + a.layout.map_at);
-  const auto number = [&](int i, int j) { return map.used >> j & 1u ? map.c[i][j] : 0.0; };
+  const auto number = [&](int i, int j) {
+    return (map.used >> j & 1u) != 0u && (map.zero >> i & 1u) == 0u ? map.c[i][j] : 0.0;
+  };
   MQ_UNROLL(1)
   for (int i = 0; i < call.outputs; ++i) {
     const DType dtype = Access<A>::type_of(call.output[i].dtype);

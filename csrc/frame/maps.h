@@ -333,6 +333,7 @@ MQ_MAP bool sums_cancel(const FrameCall& call, const double* gram, const FrameMa
   constexpr double kMuch = 16.0;
   if (call.gram != GramKind::full) return false;
   for (int i = 0; i < call.outputs; ++i) {
+    if (map.zero >> i & 1u) continue;  // its numbers were never set
     double parts = 0.0, sum = 0.0;
     for (int j = 0; j < call.rows; ++j) {
       if (!(map.used >> j & 1u)) continue;

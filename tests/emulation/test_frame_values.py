@@ -107,6 +107,21 @@ class TestCorrelation:
             if pair[0] == f32:
                 assert norm_error(result.outputs[0], wanted(frame).outputs[0]).max() <= 2e-7
 
+    @pytest.mark.parametrize("multiple", [1.0, 3.0, -20.0])
+    @pytest.mark.parametrize("pair", [(f32, f32), (f32, bf16)], ids=str)
+    def test_gradient_of_parallel(self, emulation, pair, multiple):
+        """The same of gradients; a sample at κ = 0 among them has the gradient 0 to p."""
+        frame = lm_backward((3, 301), KEEP_NORM, pair, values=[1e-3, 0.1], per_sample=True)
+        eps, _, grad = frame.streams
+        noise = torch.randn(eps.shape, generator=torch.Generator().manual_seed(7), dtype=f64)
+        prev = (multiple * (eps.double() + 1e-3 * noise)).to(frame.streams[1].dtype)
+        frame.parameters[1, 1] = 0.0
+        frame = dataclasses.replace(frame, streams=(eps, prev, grad))
+        for plan in plans(frame):
+            result = run(emulation, frame, **plan)
+            judge(frame, result, functools.cache(lambda seed: frame))
+            assert not result.outputs[1][1].any()
+
     @pytest.mark.parametrize("gamma", [-1.5, 1e-4])
     def test_extrapolation(self, emulation, gamma):
         make = functools.partial(lm, (2, 1000), EXTRAPOLATE, values=[gamma], rho=0.999999)
