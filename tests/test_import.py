@@ -10,12 +10,15 @@ pytestmark = pytest.mark.packaging
 
 LIMIT_MS = 60.0
 
+PART_OF_TORCH = 0.05  # or so much of torch's own import, on a machine that is slow or busy
+
 MEASURE = """
 import time
-import torch
 start = time.perf_counter()
+import torch
+between = time.perf_counter()
 import marquardt
-print(1e3 * (time.perf_counter() - start))
+print(1e3 * (time.perf_counter() - between), 1e3 * (between - start))
 """
 
 WATCH = """
@@ -75,11 +78,13 @@ def test_import_takes_little_beyond_torch(tmp_path):
     kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     times = []
     for _ in range(9):  # other load only adds time: the least is the import's own
-        times.append(float(run(MEASURE, **kept)))
-        if min(times) <= LIMIT_MS and len(times) > 1:
+        own, of_torch = map(float, run(MEASURE, **kept).split())
+        times.append((own, of_torch))
+        enough = own <= max(LIMIT_MS, PART_OF_TORCH * of_torch)
+        if enough and len(times) > 1:
             break
-    print(f"import: {min(times):.1f} ms beyond torch")
-    assert min(times) <= LIMIT_MS, times
+    print(f"import: {min(times)[0]:.1f} ms beyond torch")
+    assert enough, times
 
 
 def test_import_touches_nothing():
