@@ -19,8 +19,8 @@ PYTEST := $(RUN) -m pytest $(if $(EVERYTHING),--full) $(PYTEST_ARGS)
 PARALLEL := OMP_WAIT_POLICY=PASSIVE $(PYTEST) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 AND_QUICK := $(if $(EVERYTHING),, and not full)
 ALL := $(if $(EVERYTHING),,not full)
-# The cases of the CPU kernels, given to the GPU kernels as they run on the CPU: a part of them, because that is slow.
-SHARED_CASES := $(if $(EVERYTHING),(accuracy or strides or dtypes) and not full,dtypes and not full)
+# With FULL=1 the cases of the CPU kernels are given to the Triton kernels too: a part of them, because that is slow.
+SHARED_CASES := (accuracy or strides or dtypes) and not full
 SHARED_FILES := tests/test_hessian.py tests/test_langevin.py
 SETUP = $(PYTHON) build_tools/environment.py --venv "$(VENV)" --venv-args="$(VENV_ARGS)" --pip-args="$(PIP_ARGS)" \
 	--torch-spec "$(TORCH_SPEC)" --triton-spec "$(TRITON_SPEC)"
@@ -60,12 +60,12 @@ test: ## lint and tests (FULL=1: all of them)
 	echo "[5/8] Triton kernels through the interpreter"; \
 	if $(RUN) -c "import triton" 2>/dev/null; \
 	then TRITON_INTERPRET=1 $(PARALLEL) -m "$(ALL)" tests/triton || failed=1; \
-	TRITON_INTERPRET=1 $(PARALLEL) -m "$(SHARED_CASES)" $(SHARED_FILES) || failed=1; \
+	$(if $(EVERYTHING),TRITON_INTERPRET=1 $(PARALLEL) -m "$(SHARED_CASES)" $(SHARED_FILES) || failed=1;) \
 	else echo "    skipped: triton is not installed"; fi; \
 	echo "[6/8] CUDA kernels on the CPU"; \
 	$(PARALLEL) -m "emulation$(AND_QUICK)" tests || failed=1; \
 	echo "[7/8] what the compilers made of the GPU kernels"; \
-	$(PYTEST) -m "static$(AND_QUICK)" tests || failed=1; \
+	$(if $(EVERYTHING),$(PYTEST),$(PARALLEL)) -m "static$(AND_QUICK)" tests || failed=1; \
 	echo "[8/8] tests"; \
 	$(PARALLEL) -m "not emulation and not static and not alone$(AND_QUICK)" tests --ignore=tests/triton || failed=1; \
 	$(PYTEST) -m "alone$(AND_QUICK)" tests --ignore=tests/triton || failed=1; \

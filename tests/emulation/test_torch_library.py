@@ -55,12 +55,14 @@ def tests(library):
     return run
 
 
-@pytest.mark.parametrize("gpu", [pytest.param("sm_80", marks=pytest.mark.full), "sm_90"])
+@pytest.mark.full
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
 def test_device_paths(tests, gpu: str):
     """Tables of numbers on the device, matrices, plans; with clusters and without."""
     tests("tests/emulation/device_paths.py", MARQUARDT_EMULATED_GPU=gpu)
 
 
+@pytest.mark.full
 def test_ops(tests):
     """Dtype pairs, layouts and bad arguments of every op."""
     tests("-m", "(dtypes or strides or errors) and not full", "-k", "not reference", *OPS)
