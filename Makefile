@@ -41,7 +41,7 @@ endif
 help: ## this list
 	@sed -n 's/^\([a-z]*\): .*## /    make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
-	@echo "    FULL=1            test: everything (50 minutes on two cores, else 12); bench: all shapes"
+	@echo "    FULL=1            test: everything (46 minutes on two cores, else 10); bench: all shapes"
 	@echo "    TORCH_SPEC=...    the torch to install (default $(TORCH_PINNED))"
 	@echo "    PIP_ARGS=...      for pip, e.g. --extra-index-url with the index of PyTorch's CPU wheels"
 	@echo "    VENV_ARGS=...     for venv; --system-site-packages takes the torch that is installed"

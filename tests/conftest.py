@@ -52,7 +52,7 @@ FIRST_CASE = {
     "test_twenty_coefficients_are_one_graph",
     "test_values_and_gradients",
 }
-# The same, but all cases of a kernel.
+# Of these, and of the classes of traces (…Traced), all cases, but on the kernels alone.
 KERNELS_ONLY = {"test_gradcheck", "test_langevin", "test_underdamped", "test_each_argument_alone"}
 
 

@@ -134,8 +134,9 @@ def test_signal_to_noise(pair):
 @pytest.mark.accuracy
 @pytest.mark.parametrize("guided", [0, GUIDED])
 @pytest.mark.parametrize("multiple", [1.0, 3.0, -20.0])
+@pytest.mark.parametrize("apart", [1e-3, 0.1, 0.3])
 @pytest.mark.parametrize("size", [37, 4096, 70001])
-def test_small_damping(size: int, multiple: float, guided: int):
+def test_small_damping(size: int, apart: float, multiple: float, guided: int):
     """The step is nearly orthogonal to r and would magnify the rounding of e a thousandfold: sums are double.
 
     Near p = e the multiple of r is large, near p = 3e those of e and of r, which then cancel.
@@ -144,7 +145,7 @@ def test_small_damping(size: int, multiple: float, guided: int):
     sample, first, second = (torch.randn(3, size, generator=generator) for _ in range(3))
     a, d = [0.9, -0.5, 0.3], [0.0, 0.7, 0.4]
     e = d[1] * (first - second if guided else first) + d[2] * second
-    prev = multiple * (e + 1e-3 * torch.randn(3, size, generator=generator))
+    prev = multiple * (e + apart * torch.randn(3, size, generator=generator))
     for y in (None, [0.2, 0.6, math.inf, 0.3, 0.8, -0.4]):
         coef = numbers(a, d, (1e-3, 0.1), y=y)
         args = (

@@ -125,6 +125,10 @@ def merged_gram(partials, sample, splits, COUNT: tl.constexpr, SPLITS: tl.conste
     return gram
 
 
+# An output whose parts, squared, exceed it by this much shows their rounding.
+CANCELS = tl.constexpr(4.0)
+
+
 @triton.jit
 def sums_cancel(C, gram, ENTRIES: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
     """Whether an output is small beside what it is the sum of, by the full Gram: ‖Σ c_j x_j‖² = cᵀGc."""
@@ -139,7 +143,7 @@ def sums_cancel(C, gram, ENTRIES: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.
                 total += product
             else:
                 total += product * 2.0
-        found = found | (parts > total * 16.0)
+        found = found | (parts > total * CANCELS)
     return found
 
 

@@ -10,7 +10,7 @@ from .maps import EXTRAPOLATE, SNR, lm_value, snr_value
 from .rows import noise_row, store
 
 # A step that takes more than this multiple of e or of r = p − e, for a direction of weight 1, shows their rounding.
-MAGNIFIED = tl.constexpr(4.0)
+MAGNIFIED = tl.constexpr(2.0)
 
 # --- the numbers of a sample ----------------------------------------------------------------------------------------
 

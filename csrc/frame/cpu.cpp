@@ -314,7 +314,7 @@ class FrameRunner {
     }
     FrameMap map;
     map_sample(b, gram, map);
-    if (is_step() && map.wide) retake(b, wanted, scratch, gram, map);
+    if (map.wide && is_bent()) retake(b, wanted, scratch, gram, map);
     apply_chunks(b, 0, chunks_of(call_.size), map, scratch);
   }
 
@@ -368,10 +368,13 @@ class FrameRunner {
       gram_sample(b, wanted, true, scratch, gram);
     }
     map_sample(b, gram, map);
-    if (is_step() && map.wide) retake(b, wanted, Scratch<T>(scratch_buffers()), gram, map);
+    if (map.wide && is_bent()) retake(b, wanted, Scratch<T>(scratch_buffers()), gram, map);
   }
 
-  // A step whose rounding would be seen: its Gram, its numbers and x' from sums in double.
+  // What has a direction of LM in it, and a Gram of float32 products.
+  bool is_bent() const { return is_step() || (is_direction(call_.op) && !exact_); }
+
+  // Where rounding would be seen: the Gram, the numbers and the outputs from sums in double.
   void retake(int64_t b, uint32_t wanted, const Scratch<T>& scratch, double* gram, FrameMap& map) const {
     gram_sample(b, wanted, true, scratch, gram);
     map_sample(b, gram, map);

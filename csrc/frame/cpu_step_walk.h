@@ -119,8 +119,8 @@ class StepWalk {
         if (direction != nullptr) sum(t, t.d, t.in_direction, direction + at, part, streaming);
         continue;
       }
-      if (map.wide &&
-          sizeof(T) == sizeof(float)) {  // in double r = p − e is exact where it is small, p and e apart not
+      // Not in double, which has no wider sums: there the residual r = p − e keeps what p and e by themselves would lose.
+      if (map.wide && sizeof(T) == sizeof(float)) {
         apply_in_double(plan, t, map, part, outs[0] + at, behind(copy), behind(direction));
         continue;
       }

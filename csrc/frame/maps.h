@@ -206,7 +206,7 @@ MQ_MAP void step_map(const FrameCall& call, const double* gram, const double* p,
       c0 *= p[2];
       c1 *= p[2];
       // So large a multiple of e or of r = p − e would show their rounding in x'.
-      constexpr double kLarge = 4.0;
+      constexpr double kLarge = 2.0;
       map.wide = std::fmax(std::fabs(c0), std::fabs(c1)) > kLarge * std::fabs(p[2]);
     }
   }
@@ -330,7 +330,7 @@ MQ_MAP bool is_direction(FrameOp op) {
 
 // Whether an output is small beside what it is the sum of, judged by the full Gram: ‖Σ c_j x_j‖² = cᵀGc.
 MQ_MAP bool sums_cancel(const FrameCall& call, const double* gram, const FrameMap& map) {
-  constexpr double kMuch = 16.0;
+  constexpr double kMuch = 4.0;
   if (call.gram != GramKind::full) return false;
   for (int i = 0; i < call.outputs; ++i) {
     if (map.zero >> i & 1u) continue;  // its numbers were never set

@@ -29,11 +29,11 @@ Tensor = torch.Tensor
 
 
 class State(NamedTuple):
-    """What rows say of one query; products and mvp [r, D] belong to r directions v."""
+    """What rows say of one query x [D] and of r directions v."""
 
     log_sum: Tensor  # log Σ exp ℓ_i; −inf where there was no row
     mean: Tensor  # [D]
-    variance: Tensor
+    variance: Tensor  # a number, like log_sum
     mvp: Tensor  # [r, D]
 
 
